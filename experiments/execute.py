@@ -1,0 +1,266 @@
+"""Carrying out an experiment in either world, and calibrating for it. Knows both shells, and imports `real` lazily.
+
+Progress is told to a callback (done, total, text); who shows it is none of this file's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from isthmus.experiments.run_folder import Run, RunWriter
+from isthmus.policies.contract import Policy, View, is_oracle
+from isthmus.policies.plan import Plan
+from isthmus.policies.records import Record
+from isthmus.policies.registry import PolicySpec
+from isthmus.policies.registry import spec as policy_spec
+from isthmus.sim.simulator import simulate as simulate_cell
+from isthmus.workloads.errors import InputError
+from isthmus.workloads.experiment import ExperimentSpec
+from isthmus.workloads.profile import Profile
+from isthmus.workloads.requests import Request
+from isthmus.workloads.testbed import Testbed, TestbedSpec, profile_path
+
+Progress = Callable[[int, int, str], None]
+
+PILOT_REQUESTS = 120
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment with everything that it names found and checked. `folder` is where its relative paths start."""
+
+    spec: ExperimentSpec
+    folder: Path = Path()
+    where: object = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Experiment:
+        """Read an experiment file. InputError names file, field, value and what is allowed."""
+        return cls(ExperimentSpec.load(path), Path(path).parent, path)
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], folder: str | Path = ".") -> Experiment:
+        """From the fields of an experiment file, as a notebook has them; paths are relative to `folder`."""
+        return cls(ExperimentSpec.of(fields, Path(folder)), Path(folder), "experiment")
+
+    @property
+    def testbed_spec(self) -> TestbedSpec:
+        assert isinstance(self.spec.testbed, TestbedSpec)
+        return self.spec.testbed
+
+    @cached_property
+    def testbed(self) -> Testbed:
+        """The testbed with its profiles; InputError when one is missing or of another model."""
+        return self.build_testbed()
+
+    def build_testbed(self, *, need_profiles: bool = True) -> Testbed:
+        used = frozenset(source.model for source in self.spec.workload)
+        return Testbed.build(
+            self.testbed_spec, folder=self.folder, where=self.where, need_profiles=need_profiles, only_models=used
+        )
+
+    @property
+    def store(self) -> Path:
+        """The folder of its profiles."""
+        return self.folder / self.testbed_spec.profiles
+
+    @cached_property
+    def policies(self) -> list[PolicySpec]:
+        """InputError when two of them have the same label, or one is unknown."""
+        found = [policy_spec(entry) for entry in self.spec.policies]
+        labels = [p.label for p in found]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise InputError(
+                f"two policies are called {twice[0]!r}", where=self.where, allowed="a `label` of its own for each"
+            )
+        for policy in found:
+            policy.make(0)
+        return found
+
+    def cells(self) -> list[tuple[PolicySpec, int]]:
+        """What has to be run: every policy under every seed."""
+        return [(policy, seed) for seed in self.spec.seeds for policy in self.policies]
+
+    def make(self, policy: PolicySpec, seed: int) -> dict[str, Policy]:
+        """A fresh policy for every source."""
+        return {source.node: policy.make(seed) for source in self.spec.workload}
+
+    @property
+    def oracles(self) -> list[str]:
+        return [p.label for p in self.policies if is_oracle(p.make(0))]
+
+
+def new_folder(experiment: Experiment, world: str) -> Path:
+    """Where a run goes that was not told: a folder of its own in `runs`, so that none is lost."""
+    return Path("runs") / f"{experiment.spec.name}-{world}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def simulate(
+    experiment: Experiment, out: Path | None = None, *, views: bool = False, progress: Progress | None = None
+) -> Run:
+    """Simulate every cell into a run folder, a new one in `runs` by default. `views` keeps every decision beside it."""
+    out = out or new_folder(experiment, "simulated")
+    testbed, cells = experiment.testbed, experiment.cells()
+    total = len(cells) * sum(map(len, experiment.spec.draw(experiment.spec.seeds[0]).values()))
+    with RunWriter(out, "simulated", experiment.spec, testbed, oracles=experiment.oracles) as writer:
+        done = 0
+        for policy, seed in cells:
+            keep = writer.sink(policy.label, seed)
+
+            def sink(record: Record, keep: Callable[[Record], None] = keep, label: str = policy.label) -> None:
+                nonlocal done
+                keep(record)
+                done += 1
+                if progress is not None and done % 100 == 0:
+                    progress(done, total, label)
+
+            simulate_cell(
+                testbed,
+                experiment.spec.draw(seed),
+                experiment.make(policy, seed),
+                sink,
+                seed=seed,
+                name=policy.label,
+                faults=experiment.spec.faults,
+                drain_s=experiment.spec.drain,
+                watch=writer.watch(policy.label, seed) if views else None,
+            )
+        if progress is not None:
+            progress(total, total, "done")
+    return Run.load(out)
+
+
+def run(experiment: Experiment, out: Path | None = None, *, progress: Progress | None = None) -> Run:
+    """Run every cell for real, on actors of this host, into a run folder. Needs the `real` extra.
+
+    Which parts to load before is found by simulating the cell; a part that is wanted besides is loaded when it is,
+    and what that costs is on the record.
+    """
+    from isthmus.real.cluster import local_ray
+    from isthmus.real.emulation import Emulation
+
+    out = out or new_folder(experiment, "emulated")
+    testbed, cells = experiment.testbed, experiment.cells()
+    total = len(cells) * sum(map(len, experiment.spec.draw(experiment.spec.seeds[0]).values()))
+    warnings: list[str] = []
+    pressure: dict[str, Any] = {}
+    with ExitStack() as stack:
+        ray = stack.enter_context(local_ray())
+        emulation = stack.enter_context(Emulation(ray, testbed))
+        writer = stack.enter_context(RunWriter(out, "emulated", experiment.spec, testbed, oracles=experiment.oracles))
+        for number, (policy, seed) in enumerate(cells):
+            before = number * total // len(cells)
+            if progress is not None:
+                progress(before, total, f"{policy.label}: loading parts")
+            emulation.prepare(
+                planned(experiment, policy, seed), {s.node: s.model for s in experiment.spec.workload}, seed
+            )
+
+            def decided(
+                request: Request,
+                attempt: int,
+                view: Mapping[str, Any],
+                plan: str,
+                of: tuple[str, int] = (policy.label, seed),
+            ) -> None:
+                row = {
+                    "source": request.source,
+                    "number": request.number,
+                    "attempt": attempt,
+                    "view": view,
+                    "plan": plan,
+                }
+                writer.decision(row, *of)
+
+            def tick(closed: int, before: int = before, label: str = policy.label) -> None:
+                if progress is not None:
+                    progress(before + closed, total, label)
+
+            felt = emulation.run_cell(
+                experiment.spec.draw(seed),
+                experiment.make(policy, seed),
+                writer.sink(policy.label, seed),
+                seed=seed,
+                name=policy.label,
+                faults=experiment.spec.faults,
+                drain_s=experiment.spec.drain,
+                decided=decided,
+                tick=tick,
+            )
+            pressure[f"{policy.label}/{seed}"] = vars(felt)
+            warnings += [f"{policy.label}: {said}" for said in felt.warnings()]
+        if progress is not None:
+            progress(total, total, "done")
+        writer.add_facts(pressure=pressure, warnings=warnings)
+    return Run.load(out)
+
+
+def planned(experiment: Experiment, policy: PolicySpec, seed: int) -> set[tuple[Plan, str]]:
+    """The plans that a policy makes in simulation, each with its model."""
+    plans: set[tuple[Plan, str]] = set()
+
+    def watch(request: Request, attempt: int, view: View, plan: Plan) -> None:
+        plans.add((plan, request.model))
+
+    simulate_cell(
+        experiment.testbed,
+        experiment.spec.draw(seed),
+        experiment.make(policy, seed),
+        lambda record: None,
+        seed=seed,
+        name=policy.label,
+        faults=experiment.spec.faults,
+        drain_s=experiment.spec.drain,
+        watch=watch,
+    )
+    return plans
+
+
+def calibrate(experiment: Experiment, *, quick: bool = False, progress: Progress | None = None) -> list[Path]:
+    """Measure what simulating the experiment needs; the files written. `quick` skips the long profile of each block.
+
+    Per model of the workload a profile of this host, shifted by what a pilot run at the workload's own rhythm found;
+    and the overheads. All of it is about this host: nodes that take another machine's profile are left alone.
+    """
+    from isthmus.real.calibrate import measure_overheads, measure_profiles, run_pilot
+    from isthmus.real.cluster import local_ray
+
+    bare = experiment.build_testbed(need_profiles=False)
+    labels = {node.profile for node in experiment.testbed_spec.nodes.values() if node.service is None}
+    if len(labels) > 1:
+        raise InputError(
+            f"nodes take the profiles of several machines: {', '.join(sorted(labels))}",
+            where=experiment.where,
+            allowed="calibrating one host at a time",
+        )
+    sources = {source.model: source for source in experiment.spec.workload}
+    written: list[Path] = []
+    with local_ray() as ray:
+        if labels:
+            [label] = labels
+            models = [bare.models[name] for name in sources]
+            for profile in measure_profiles(ray, models, quick=quick, label=label, progress=progress):
+                path = profile_path(experiment.store, profile.model, label)
+                profile.save(path)
+                written.append(path)
+        testbed = experiment.build_testbed()
+        first = experiment.spec.workload[0]
+        policies = {p.label: p.make(0) for p in experiment.policies}
+        overheads = measure_overheads(ray, testbed, policies, first.node, first.model, progress)
+        late = []
+        for source in sources.values():
+            pilot = run_pilot(ray, testbed, source, count=PILOT_REQUESTS, seed=0, progress=progress)
+            late.append(pilot.wake_s)
+            if labels:
+                path = profile_path(experiment.store, source.model, label)
+                profile = Profile.load(path)
+                shift = pilot.shift_s(testbed.models[source.model], profile)
+                profile.shifted(shift, f"a pilot of {PILOT_REQUESTS} requests at the workload's rhythm").save(path)
+        overheads.model_copy(update={"wake_s": max(late)}).save(experiment.store)
+    return [*written, experiment.store / "overheads.json"]

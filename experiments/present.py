@@ -1,0 +1,53 @@
+"""What people see in a terminal: tables, progress, numbers with units. Knows rich; no experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console()
+messages = Console(stderr=True)
+"""For what is not the result: progress, notes, errors. Standard output stays clean for --json."""
+
+
+@contextmanager
+def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar that the callback moves: done, total, what is being done."""
+    columns = (
+        TextColumn("{task.fields[title]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.description}"),
+    )
+    with Progress(*columns, console=messages, disable=quiet, transient=not messages.is_terminal) as bar:
+        task = bar.add_task("", total=None, title=title)
+
+        def move(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text)
+
+        yield move
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str | None = None) -> None:
+    """A table; columns whose heading ends in `>` are set flush right."""
+    made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
+    for column in columns:
+        made.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*("–" if cell is None else str(cell) for cell in row))
+    console.print(made)
+
+
+def milliseconds(seconds: float | None) -> str | None:
+    return None if seconds is None or seconds != seconds else f"{seconds * 1e3:.1f}"
+
+
+def percent(share: float | None) -> str | None:
+    return None if share is None or share != share else f"{share * 100:.1f} %"

@@ -1,0 +1,308 @@
+"""A run on disk: two Parquet tables and `run.json`. The writer streams, the reader gives pandas frames.
+
+    run.json          schema version, world, resolved experiment, seeds, git revision, host, packages, profile hashes
+    requests.parquet  one row per request (policies/records.py has the columns)
+    spans.parquet     one row per thing that took time inside a request
+    decisions.jsonl   the views that a controller decided on, and its plans (real runs)
+
+A run that has not ended has `.partial` files and no tables: nothing half-written looks whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from isthmus.policies.contract import View
+from isthmus.policies.plan import Plan
+from isthmus.policies.records import REQUEST_COLUMNS, SPAN_COLUMNS, Record, request_row, span_rows
+from isthmus.workloads.errors import InputError, RunFailure
+from isthmus.workloads.experiment import ExperimentSpec
+from isthmus.workloads.requests import Request
+from isthmus.workloads.service import Measured
+from isthmus.workloads.testbed import Testbed, TestbedSpec, profile_path
+
+SCHEMA_VERSION = 1
+_ROWS = 20_000
+_PACKAGES = ("isthmus", "numpy", "onnx", "onnxruntime", "simpy", "ray")
+
+
+class _Table:
+    """Rows in, row groups out; memory holds one row group."""
+
+    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        types = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
+        self._schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
+        self._rows: list[dict[str, Any]] = []
+        self._writer = pq.ParquetWriter(self.partial, self._schema, compression="zstd")
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self._rows.extend(rows)
+        if len(self._rows) >= _ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows.clear()
+
+    def close(self, *, whole: bool) -> None:
+        try:
+            if whole and self._rows:
+                self._flush()
+        finally:
+            self._writer.close()
+        if whole:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink(missing_ok=True)
+
+
+class RunWriter:
+    """Writes a run folder while the run goes on. Use as a context; an error inside leaves no tables behind.
+
+    KeyboardInterrupt keeps what there is: the run is then marked `interrupted`. RunFailure when nothing can be written.
+    """
+
+    def __init__(self, folder: Path, world: str, spec: ExperimentSpec, testbed: Testbed, **facts: Any) -> None:
+        self.folder = folder
+        self._facts = {**_facts(world, spec, testbed), **facts}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in ("run.json", "requests.parquet", "spans.parquet", "decisions.jsonl"):
+                (folder / old).unlink(missing_ok=True)
+            _keep_inputs(folder / "profiles", testbed)
+            self._requests = _Table(folder / "requests.parquet", REQUEST_COLUMNS)
+            self._spans = _Table(folder / "spans.parquet", SPAN_COLUMNS)
+            self._decisions = (folder / "decisions.jsonl.partial").open("w", encoding="utf-8")
+        except OSError as error:
+            raise RunFailure(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+    def sink(self, policy: str, seed: int) -> Callable[[Record], None]:
+        """Where the records of one policy and seed go."""
+
+        def keep(record: Record) -> None:
+            try:
+                self._requests.add([request_row(record, policy, seed)])
+                self._spans.add(span_rows(record, policy, seed))
+            except OSError as error:
+                raise RunFailure(f"{self.folder}: cannot be written: {error.strerror or error}") from None
+
+        return keep
+
+    def watch(self, policy: str, seed: int) -> Callable[[Request, int, View, Plan], None]:
+        """Where the decisions of one policy and seed go."""
+
+        def keep(request: Request, attempt: int, view: View, plan: Plan) -> None:
+            self.decision(decision_row(request, attempt, view, plan), policy, seed)
+
+        return keep
+
+    def decision(self, row: Mapping[str, Any], policy: str, seed: int) -> None:
+        self._decisions.write(json.dumps({"policy": policy, "seed": seed, **row}) + "\n")
+
+    def add_facts(self, **facts: Any) -> None:
+        """More for run.json, known only now."""
+        self._facts.update(facts)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        whole = kind is None or issubclass(kind, KeyboardInterrupt)
+        try:
+            self._decisions.close()
+            partial = Path(self._decisions.name)
+            if whole and partial.stat().st_size:
+                os.replace(partial, self.folder / "decisions.jsonl")
+            else:
+                partial.unlink()
+            self._requests.close(whole=whole)
+            self._spans.close(whole=whole)
+            if whole:
+                self._facts["status"] = "complete" if kind is None else "interrupted"
+                text = json.dumps(self._facts, indent=1, default=str) + "\n"
+                partial = self.folder / "run.json.partial"
+                partial.write_text(text, encoding="utf-8")
+                os.replace(partial, self.folder / "run.json")
+        except OSError as problem:
+            for left in self.folder.glob("*.partial"):
+                with suppress(OSError):
+                    left.unlink()
+            for table in ("requests.parquet", "spans.parquet", "decisions.jsonl"):
+                with suppress(OSError):
+                    (self.folder / table).unlink()
+            if whole:
+                raise RunFailure(f"{self.folder}: cannot be written: {problem.strerror or problem}") from None
+
+
+def decision_row(request: Request, attempt: int, view: View, plan: Plan) -> dict[str, Any]:
+    """One decision as data."""
+    return {
+        "source": request.source,
+        "number": request.number,
+        "attempt": attempt,
+        "view": view.to_data(),
+        "plan": plan.to_json(),
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read from its folder."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """InputError when the folder holds no finished run."""
+        path = Path(folder) / "run.json"
+        if not path.exists():
+            raise InputError("no finished run here (run.json is missing)", where=folder)
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            version = facts["schema_version"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError("not a run.json", where=path) from None
+        if version != SCHEMA_VERSION:
+            raise InputError(f"schema version {version}", where=path, allowed=str(SCHEMA_VERSION))
+        return cls(Path(folder), facts)
+
+    @property
+    def world(self) -> str:
+        """`simulated`, `emulated` or `physical`."""
+        return str(self.facts["world"])
+
+    @property
+    def experiment(self) -> ExperimentSpec:
+        return ExperimentSpec.model_validate(self.facts["experiment"])
+
+    @cached_property
+    def testbed(self) -> Testbed:
+        """The testbed of the run, with the profiles that it used."""
+        spec = self.experiment.testbed
+        assert isinstance(spec, TestbedSpec)
+        return Testbed.build(spec, folder=self.folder, where=self.folder / "run.json")
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """One row per request."""
+        return self._table("requests.parquet")
+
+    @cached_property
+    def spans(self) -> pd.DataFrame:
+        """One row per wait, compute, encode, send, decode, decide, load."""
+        return self._table("spans.parquet")
+
+    @cached_property
+    def decisions(self) -> list[dict[str, Any]]:
+        """Views and plans, where the run recorded them."""
+        path = self.folder / "decisions.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def summary(self) -> pd.DataFrame:
+        """Per policy: requests by outcome, latency in seconds (mean, p50, p95, p99 of what was answered), energy."""
+        rows = []
+        for policy, of in self.requests.groupby("policy", sort=False):
+            latency = of["latency_s"].dropna()
+            row = {
+                "policy": policy,
+                "requests": len(of),
+                **of["outcome"].value_counts().sort_index().to_dict(),
+            }
+            row |= {"mean_s": latency.mean()} | {f"p{p}_s": latency.quantile(p / 100) for p in (50, 95, 99)}
+            rows.append(row | {"energy_j": of["energy_j"].mean()})
+        frame = pd.DataFrame(rows)
+        counts = [c for c in frame.columns if c in _OUTCOMES]
+        frame[counts] = frame[counts].fillna(0).astype(int)
+        return frame
+
+    def _table(self, name: str) -> pd.DataFrame:
+        try:
+            frame: pd.DataFrame = pq.read_table(self.folder / name).to_pandas()
+            return frame
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(f"cannot be read: {error}", where=self.folder / name) from None
+
+
+_OUTCOMES = ("completed", "late", "dropped", "failed", "unfinished")
+
+
+def _keep_inputs(store: Path, testbed: Testbed) -> None:
+    """Copies of what was measured, so that the run can be understood and replayed when the originals have changed."""
+    store.mkdir(exist_ok=True)
+    for (_, model), service in testbed.services.items():
+        if isinstance(service, Measured):
+            service.profile.save(profile_path(store, model, service.profile.machine.label))
+    testbed.overheads.save(store)
+
+
+def _resolved(spec: ExperimentSpec, testbed: Testbed) -> ExperimentSpec:
+    """The experiment as it can be read from the run folder: profiles beside it, model files by absolute path."""
+    models = {
+        n: str(Path(m.source).resolve()) if Path(m.source).exists() else m.source for n, m in testbed.models.items()
+    }
+    models = {**testbed.spec.models, **models}
+    kept = testbed.spec.model_copy(update={"profiles": "profiles", "models": models})
+    return spec.model_copy(update={"testbed": kept})
+
+
+def _facts(world: str, spec: ExperimentSpec, testbed: Testbed) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "world": world,
+        "experiment": json.loads(_resolved(spec, testbed).model_dump_json()),
+        "seeds": list(spec.seeds),
+        "revision": _revision(),
+        "host": {"node": platform.node(), "machine": platform.machine(), "system": platform.platform()},
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "models": {name: {"source": m.source, "sha256": m.sha256} for name, m in testbed.models.items()},
+        "services": {
+            f"{node}/{model}": {"provenance": service.provenance, "sha256": _profile_hash(service)}
+            for (node, model), service in testbed.services.items()
+        },
+        "overheads": testbed.overheads.model_dump(),
+    }
+
+
+def _profile_hash(service: object) -> str | None:
+    profile = getattr(service, "profile", None)
+    return None if profile is None else hashlib.sha256(profile.model_dump_json().encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """The git revision of this code, with a + when it was changed since; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        revision = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision.stdout.strip()

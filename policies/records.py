@@ -1,0 +1,140 @@
+"""Records: what happened to one request, as two flat tables that are the same from both worlds. Writes no file.
+
+Missing is None, never 0. Times are seconds on the run's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Outcome(StrEnum):
+    """Every request ends in exactly one of these."""
+
+    COMPLETED = "completed"
+    LATE = "late"
+    DROPPED = "dropped"
+    FAILED = "failed"
+    UNFINISHED = "unfinished"
+
+
+class Kind(StrEnum):
+    """What took time inside a request."""
+
+    DECIDE = "decide"
+    WAIT = "wait"
+    LOAD = "load"
+    COMPUTE = "compute"
+    ENCODE = "encode"
+    SEND = "send"
+    DECODE = "decode"
+
+
+@dataclass(slots=True)
+class Span:
+    """One thing that took time: where, from when to when. `place` is a node, or `a>b` for a link.
+
+    A `wait` at a link is for the transmitter; `send` is from the first byte sent to the last one delivered, latency
+    included. `stage` is -1 for what belongs to no stage.
+    """
+
+    kind: Kind
+    place: str
+    start_s: float
+    end_s: float
+    attempt: int = 1
+    stage: int = -1
+    bytes: int | None = None
+
+
+@dataclass(slots=True)
+class Record:
+    """One request, closed."""
+
+    number: int
+    source: str
+    model: str
+    arrival_s: float
+    deadline_s: float | None
+    end_s: float | None
+    outcome: Outcome
+    reason: str | None
+    plan: str | None
+    """As `Plan.to_json` writes it: the plan of the last attempt."""
+    attempts: int
+    energy_j: float | None = None
+    money_usd: float | None = None
+    correct: bool | None = None
+    """Whether the answer equals the whole model's; None where nothing was computed."""
+    answer_error: float | None = None
+    """Largest difference from the whole model's answer, relative to its largest value."""
+    overruns: int | None = None
+    """Stages that the host could not finish in the emulated time; None where nothing was emulated."""
+    spans: Sequence[Span] = field(default=(), repr=False)
+
+    @property
+    def latency_s(self) -> float | None:
+        return None if self.end_s is None else self.end_s - self.arrival_s
+
+
+REQUEST_COLUMNS: dict[str, str] = {
+    "policy": "string",
+    "seed": "int64",
+    "source": "string",
+    "number": "int64",
+    "model": "string",
+    "arrival_s": "float64",
+    "deadline_s": "float64",
+    "end_s": "float64",
+    "latency_s": "float64",
+    "outcome": "string",
+    "reason": "string",
+    "plan": "string",
+    "attempts": "int64",
+    "energy_j": "float64",
+    "money_usd": "float64",
+    "correct": "bool",
+    "answer_error": "float64",
+    "overruns": "int64",
+}
+"""The `requests` table: one row per request."""
+
+SPAN_COLUMNS: dict[str, str] = {
+    "policy": "string",
+    "seed": "int64",
+    "source": "string",
+    "number": "int64",
+    "attempt": "int64",
+    "stage": "int64",
+    "kind": "string",
+    "place": "string",
+    "start_s": "float64",
+    "end_s": "float64",
+    "bytes": "int64",
+}
+"""The `spans` table: one row per thing that took time."""
+
+
+def request_row(record: Record, policy: str, seed: int) -> dict[str, Any]:
+    row = {name: getattr(record, name) for name in REQUEST_COLUMNS if name not in ("policy", "seed")}
+    return {"policy": policy, "seed": seed, **row, "outcome": record.outcome.value}
+
+
+def span_rows(record: Record, policy: str, seed: int) -> list[dict[str, Any]]:
+    of = {"policy": policy, "seed": seed, "source": record.source, "number": record.number}
+    return [
+        of
+        | {
+            "attempt": s.attempt,
+            "stage": s.stage,
+            "kind": s.kind.value,
+            "place": s.place,
+            "start_s": s.start_s,
+            "end_s": s.end_s,
+            "bytes": s.bytes,
+        }
+        for s in record.spans
+    ]

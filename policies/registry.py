@@ -1,0 +1,105 @@
+"""Finding a policy by name: entry points of installed packages, or `module:Class`. Knows no policy by itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from isthmus.policies.contract import Policy
+from isthmus.workloads.errors import InputError, unknown
+
+GROUP = "isthmus.policies"
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A policy as an experiment names it, with what its constructor is given. `label` tells it apart in tables."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    label: str
+
+    def make(self, seed: int) -> Policy:
+        """A fresh policy. A constructor that takes `seed` is given the run's, unless the experiment gave one.
+
+        InputError for an unknown name (with the nearest ones) or for arguments that the policy does not take.
+        """
+        factory = find(self.name)
+        taken = inspect.signature(factory).parameters
+        arguments = dict(self.arguments)
+        if "seed" in taken:
+            arguments.setdefault("seed", seed)
+        try:
+            inspect.signature(factory).bind(**arguments)
+        except TypeError as error:
+            allowed = ", ".join(taken) or "it takes no arguments"
+            raise InputError(f"policy {self.name!r}: {error}", allowed=allowed) from None
+        try:
+            policy = factory(**arguments)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"policy {self.name!r} cannot be made: {type(error).__name__}: {error}") from error
+        if not callable(getattr(policy, "decide", None)):
+            raise InputError(f"policy {self.name!r} has no method decide(request, view)")
+        return policy  # type: ignore[no-any-return]
+
+
+def spec(entry: str | Mapping[str, Any]) -> PolicySpec:
+    """`"fixed"`, or `{"fixed": {"cut": 5}}`; `{"fixed": {"cut": 5, "label": "fixed@5"}}` names it in tables."""
+    if isinstance(entry, str):
+        return PolicySpec(entry, {}, entry)
+    if len(entry) != 1:
+        raise InputError(
+            f"{dict(entry)!r} is not a policy",
+            allowed="a name, or one name with its arguments: {fixed: {cut: 5}}",
+        )
+    [(name, given)] = entry.items()
+    if not isinstance(given, Mapping):
+        raise InputError(f"policy {name!r}: {given!r} are not arguments", allowed="name: value pairs")
+    arguments = dict(given)
+    inner = ", ".join(f"{k}={v}" for k, v in arguments.items() if k != "label")
+    label = str(arguments.pop("label", f"{name}({inner})" if inner else name))
+    return PolicySpec(name, arguments, label)
+
+
+@lru_cache(maxsize=1)
+def installed() -> dict[str, EntryPoint]:
+    """Every installed policy by name. InputError when two packages claim the same name."""
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        other = found.setdefault(point.name, point)
+        if other.value != point.value:
+            raise InputError(
+                f"policy {point.name!r} is claimed twice: by {_package(other)} ({other.value}) "
+                f"and by {_package(point)} ({point.value}); uninstall one"
+            )
+    return found
+
+
+def find(name: str) -> Any:
+    """The class or function that makes a policy."""
+    if ":" in name:
+        # An entry point that nobody had to install.
+        point, origin = EntryPoint(name, name, GROUP), ""
+    elif name in installed():
+        point = installed()[name]
+        origin = f" of {_package(point)}"
+    else:
+        raise unknown("policy", name, [*installed(), "module:Class"])
+    try:
+        factory = point.load()
+    except Exception as error:  # whatever importing somebody's module may raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"policy {name!r}{origin} cannot be loaded: {text}", allowed="module:Class") from error
+    if not callable(factory):
+        raise InputError(f"policy {name!r}{origin} is no class or function, but {factory!r}")
+    return factory
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "an unknown package"

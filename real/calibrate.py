@@ -1,0 +1,218 @@
+"""Calibration: measuring what a simulation of a testbed has to know, where it will happen and at its rhythm.
+
+Profiles are taken inside an actor. A pilot run then tells what the same parts cost at the rhythm of real requests: a
+part that runs after idling finds cold caches, and costs a constant more than in a profiler's loop. The same pilot
+tells how late answers are released. Knows Ray and the emulation; shows no progress itself.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from platform import node as host_name
+from typing import Any
+
+import numpy as np
+
+from isthmus.policies.contract import Policy
+from isthmus.policies.dispatch import Answer, Compiler, Dispatcher, Start
+from isthmus.policies.plan import Plan, split
+from isthmus.policies.records import Kind, Record
+from isthmus.policies.static import Random, reachable
+from isthmus.real.cluster import results, start_actor
+from isthmus.real.emulation import Emulation
+from isthmus.real.profiler import profile_model
+from isthmus.workloads.codecs import CODECS
+from isthmus.workloads.fit import fit_line, typical
+from isthmus.workloads.model import Model, Part
+from isthmus.workloads.overheads import CodecCost, Overheads
+from isthmus.workloads.profile import Profile
+from isthmus.workloads.requests import Request, Source
+from isthmus.workloads.testbed import Testbed
+
+Progress = Callable[[int, int, str], None]
+
+_SIZES_BYTES = (40_000, 200_000, 800_000)
+_PILOT_CUTS = 6
+_GAP_S = 0.05
+
+
+class Bench:
+    """What is measured inside an actor. A plain class; calls may overlap, so that progress can be asked for."""
+
+    def __init__(self) -> None:
+        self._progress = (0, 1, "")
+
+    def progress(self) -> tuple[int, int, str]:
+        return self._progress
+
+    def profile(self, model: Model, quick: bool, label: str) -> Profile:
+        def note(done: int, total: int, text: str) -> None:
+            self._progress = (done, total, text)
+
+        return profile_model(model, quick=quick, label=label, progress=note)
+
+    def codecs(self) -> dict[str, CodecCost]:
+        """CPU seconds of every codec that does something, by the bytes of the tensor."""
+        generator, costs = np.random.default_rng(0), {}
+        for name, codec in CODECS.items():
+            if codec.bytes_per_value is None:
+                continue
+            times: dict[str, list[float]] = {"size": [], "encode": [], "decode": []}
+            for size in _SIZES_BYTES:
+                values = generator.standard_normal(size // 4).astype(np.float32)
+                for _ in range(20):
+                    time.sleep(0.005)
+                    began = time.thread_time()
+                    wire = codec.encode(values)
+                    encoded = time.thread_time()
+                    codec.decode(wire, values.dtype)
+                    times["size"].append(size)
+                    times["encode"].append(encoded - began)
+                    times["decode"].append(time.thread_time() - encoded)
+            there, back = fit_line(times["size"], times["encode"]), fit_line(times["size"], times["decode"])
+            costs[name] = CodecCost(
+                encode_s=there[0], encode_s_per_byte=there[1], decode_s=back[0], decode_s_per_byte=back[1]
+            )
+        return costs
+
+    def decide_s(self, testbed: Testbed, policy: Policy, source: str, model: str) -> float:
+        """Mean CPU seconds from a request's arrival to its plan, with idle time before each as between requests."""
+        dispatcher = Dispatcher(source, policy, testbed, Compiler(testbed))
+        generator, times = np.random.default_rng(0), []
+        for number in range(40):
+            time.sleep(generator.exponential(_GAP_S))
+            now = number * _GAP_S
+            began = time.thread_time()
+            actions = dispatcher.arrive(Request(number, source, model, now), now)
+            times.append(time.thread_time() - began)
+            for action in actions:
+                if isinstance(action, Start):
+                    dispatcher.answer(number, action.attempt, Answer(), now)
+        return float(typical(times[10:]).mean())
+
+    def echo_through(self, peer: Any, size: int) -> float:
+        """Median seconds of a call to another actor that carries so many bytes, there and back without them."""
+        import ray
+
+        values, times = np.zeros(size, dtype=np.uint8), []
+        for _ in range(40):
+            time.sleep(0.01)
+            began = time.perf_counter()
+            ray.get(peer.take.remote(values))
+            times.append(time.perf_counter() - began)
+        return float(np.median(times[5:]))
+
+    def take(self, values: Any) -> None:
+        """The other end of `echo_through`."""
+
+
+def measure_profiles(
+    ray: Any, models: Sequence[Model], *, quick: bool, label: str, progress: Progress | None = None
+) -> list[Profile]:
+    """Profile models inside an actor, one after another."""
+    bench = start_actor(ray, Bench)
+    profiles = []
+    try:
+        for model in models:
+            running = bench.profile.remote(model, quick, label)
+            while not ray.wait([running], timeout=0.5)[0]:
+                if progress is not None:
+                    progress(*ray.get(bench.progress.remote()))
+            profiles += results(ray, [running])
+    finally:
+        ray.kill(bench)
+    return profiles
+
+
+def measure_overheads(
+    ray: Any,
+    testbed: Testbed,
+    policies: Mapping[str, Policy],
+    source: str,
+    model: str,
+    progress: Progress | None = None,
+) -> Overheads:
+    """Codecs, decisions and calls between actors, on this machine."""
+    one, other = start_actor(ray, Bench), start_actor(ray, Bench)
+    try:
+        [codecs] = results(ray, [one.codecs.remote()])
+        decide_s = {}
+        for done, (name, policy) in enumerate(policies.items()):
+            if progress is not None:
+                progress(done, len(policies), f"decisions of {name}")
+            pickle.dumps(policy)  # the contract: a policy pickles
+            [decide_s[name]] = results(ray, [one.decide_s.remote(testbed, policy, source, model)])
+        sizes = (0, *_SIZES_BYTES)
+        call_s, per_byte = fit_line(
+            sizes, [seconds for size in sizes for seconds in results(ray, [one.echo_through.remote(other, size)])]
+        )
+    finally:
+        ray.kill(one)
+        ray.kill(other)
+    return Overheads(
+        measured=f"{datetime.now(UTC).isoformat(timespec='seconds')} on {host_name()}",
+        codecs=codecs,
+        decide_s=decide_s,
+        actor_call_s=call_s,
+        hand_over_s_per_byte=per_byte,
+    )
+
+
+class Pilot:
+    """What a short real run tells: parts at the rhythm of requests, and how late answers are released."""
+
+    def __init__(self, testbed: Testbed, records: Sequence[Record]) -> None:
+        self.samples_s: dict[tuple[str, Part], list[float]] = {}
+        lateness = []
+        for record in records:
+            plan = Plan.from_json(record.plan) if record.plan else None
+            if plan is None or record.end_s is None or record.overruns:
+                continue
+            lateness.append(record.end_s - max(span.end_s for span in record.spans))
+            for span in record.spans:
+                if span.kind is Kind.COMPUTE:
+                    stage = plan.stages[span.stage]
+                    cpu_s = (span.end_s - span.start_s) / testbed.nodes[stage.node].slowdown
+                    self.samples_s.setdefault((stage.node, stage.part), []).append(cpu_s)
+        self.wake_s = max(float(np.median(lateness)), 0.0) if lateness else 0.0
+
+    def shift_s(self, model: Model, profile: Profile) -> float:
+        """Seconds that a part costs more than the profile says, whatever its size."""
+        differences = [
+            (float(typical(samples).mean()) - profile.part_s(model, part), len(samples))
+            for (_, part), samples in self.samples_s.items()
+            if part.model == model.name
+        ]
+        if not differences:
+            return 0.0
+        values, weights = zip(*differences, strict=True)
+        return float(np.average(values, weights=weights))
+
+
+def run_pilot(
+    ray: Any, testbed: Testbed, source: Source, *, count: int, seed: int, progress: Progress | None = None
+) -> Pilot:
+    """A real run of `count` requests at the source's own rate, with cuts and servers drawn at random."""
+    model = testbed.models[source.model]
+    last = len(model.blocks)
+    cuts = tuple(int(c) for c in np.unique(np.linspace(0, last, _PILOT_CUTS).round()))
+    plans = [
+        (split(model, (cut,), (source.node, server)), model.name)
+        for server in reachable(testbed, source.node)
+        for cut in cuts
+    ]
+    requests = source.model_copy(update={"requests": count, "duration": None}).draw(seed)
+    records: list[Record] = []
+    with Emulation(ray, testbed) as emulation:
+        emulation.prepare(plans, {source.node: model.name}, seed)
+        emulation.run_cell(
+            {source.node: requests},
+            {source.node: Random(seed, cuts)},
+            records.append,
+            seed=seed,
+            tick=None if progress is None else lambda closed: progress(closed, count, f"pilot of {model.name}"),
+        )
+    return Pilot(testbed, records)

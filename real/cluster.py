@@ -1,0 +1,63 @@
+"""Ray: started once, quietly, on this host only; actors made from plain classes. Knows nothing of what they do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from isthmus.workloads.errors import IsthmusError, RunFailure
+
+
+@contextmanager
+def local_ray() -> Iterator[Any]:
+    """Ray on this machine. One that already runs in this process is used, and left running.
+
+    Raises RunFailure when Ray is not installed or does not start.
+    """
+    try:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+    except ImportError:
+        raise RunFailure("real runs need Ray: pip install 'isthmus[real]'") from None
+    if ray.is_initialized():
+        yield ray
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Actors find what the driver finds: policies named as module:Class lie beside the experiment, say.
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in (os.environ.get("PYTHONPATH"), *sys.path) if p))
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=512 * 2**20,
+            namespace="isthmus",
+        )
+    except Exception as error:
+        raise RunFailure(f"Ray does not start: {error}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def start_actor(ray: Any, kind: type, *arguments: Any) -> Any:
+    """An actor of a plain class. It claims no CPU, since emulated nodes share the host's; calls may overlap."""
+    return ray.remote(kind).options(num_cpus=0, max_concurrency=16, max_restarts=0).remote(*arguments)
+
+
+def results(ray: Any, references: list[Any], timeout_s: float = 600) -> list[Any]:
+    """What actors answer. An error of our own comes out as it was raised; any other as a RunFailure."""
+    try:
+        return list(ray.get(references, timeout=timeout_s))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, IsthmusError):
+            raise error.cause from None
+        raise RunFailure(f"an actor failed: {error.cause or error}") from error
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        raise RunFailure(f"an actor is gone or does not answer: {error}") from error

@@ -1,0 +1,115 @@
+"""What several tests share: two small models, testbeds with made-up service times, and runs of the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from isthmus.policies.records import Record
+from isthmus.sim.simulator import simulate
+from isthmus.workloads.requests import Request
+from isthmus.workloads.testbed import Testbed, TestbedSpec
+
+NODES = {"device": "100ms", "edge": "30ms", "cloud": "10ms"}
+LINKS = [
+    {"between": ["device", "edge"], "rate": "20Mbit", "latency": "2ms"},
+    {"between": ["edge", "cloud"], "rate": "100Mbit", "latency": "20ms"},
+]
+
+
+def _save(path: Path, nodes: list[onnx.NodeProto], output: list[int]) -> Path:
+    weights = [
+        numpy_helper.from_array(np.zeros((8, 3 if name == "w0" else 8, 3, 3), np.float32), name)
+        for node in nodes
+        for name in node.input
+        if name.startswith("w")
+    ]
+    graph = helper.make_graph(
+        nodes,
+        path.stem,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 64, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)],
+        weights,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five convolutions in a row, each with half the side of the one before, and a Flatten without FLOPs: 7 cuts."""
+    names = ["x", "a", "b", "c", "d", "e"]
+    nodes = [
+        helper.make_node("Conv", [names[i], f"w{i}"], [names[i + 1]], strides=[2, 2], pads=[1, 1, 1, 1])
+        for i in range(5)
+    ]
+    nodes.append(helper.make_node("Flatten", ["e"], ["y"]))
+    return _save(tmp_path_factory.mktemp("models") / "chain.onnx", nodes, [1, 32])
+
+
+@pytest.fixture(scope="session")
+def diamond(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layer 0 feeds layers 1 and 2, which layer 3 joins."""
+    pads: dict[str, Any] = {"pads": [1, 1, 1, 1]}
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["stem"], strides=[4, 4], **pads),
+        helper.make_node("Conv", ["stem", "w1"], ["left"], **pads),
+        helper.make_node("Conv", ["stem", "w2"], ["right"], **pads),
+        helper.make_node("Add", ["left", "right"], ["y"]),
+    ]
+    return _save(tmp_path_factory.mktemp("models") / "diamond.onnx", nodes, [1, 8, 16, 16])
+
+
+Build = Callable[..., Testbed]
+
+
+@pytest.fixture(scope="session")
+def synthetic(chain: Path, diamond: Path) -> Build:
+    """`synthetic(nodes, links, model)`: a testbed. A node is a mean service time, or all that the file may say of it.
+
+    Without arguments: device, edge and cloud in a row. The model is `chain` or `diamond`, and called so.
+    """
+    paths = {"chain": chain, "diamond": diamond}
+
+    def build(
+        nodes: Mapping[str, Any] = NODES, links: Sequence[Mapping[str, Any]] = LINKS, model: str = "chain"
+    ) -> Testbed:
+        described = {n: {"service": {"mean": s}} if isinstance(s, str) else s for n, s in nodes.items()}
+        spec = {"models": {model: str(paths[model])}, "nodes": described, "links": list(links)}
+        return Testbed.build(TestbedSpec.model_validate(spec))
+
+    return build
+
+
+Play = Callable[..., list[Record]]
+
+
+@pytest.fixture(scope="session")
+def play() -> Play:
+    """`play(testbed, policy, requests, …)`: simulate one source, or a mapping of them; the records as they closed.
+
+    `policy` makes a policy; `requests` are arrival times at `device`, or requests by source.
+    """
+
+    def run(
+        testbed: Testbed,
+        policy: Callable[[], Any],
+        requests: Sequence[float] | Mapping[str, Sequence[Request]],
+        *,
+        seed: int = 1,
+        **more: Any,
+    ) -> list[Record]:
+        if not isinstance(requests, Mapping):
+            [model] = testbed.models
+            requests = {"device": [Request(i, "device", model, t) for i, t in enumerate(requests)]}
+        records: list[Record] = []
+        simulate(testbed, requests, {s: policy() for s in requests}, records.append, seed=seed, **more)
+        return records
+
+    return run

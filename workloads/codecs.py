@@ -1,0 +1,83 @@
+"""How a tensor is written for the wire: bytes exactly, and the way there and back in numpy. Knows no link.
+
+A codec is a row of `CODECS`. Its size depends on the tensor's shape alone, so that a plan can be costed before it
+runs; what encoding and decoding cost in time is measured (see calibration).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from isthmus.workloads.errors import unknown
+from isthmus.workloads.model import Tensor
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """`bytes_per_value` of None keeps the tensor as it is. Codecs that change values leave integer tensors alone."""
+
+    name: str
+    bytes_per_value: int | None
+    header_bytes: int
+    pack: Callable[[Array], tuple[Array, ...]]
+    unpack: Callable[[tuple[Array, ...], np.dtype[np.generic]], Array]
+
+    def encode(self, values: Array) -> tuple[Array, ...]:
+        """What goes on the wire: as many arrays for every tensor, of `size_bytes` together."""
+        if is_float(values.dtype.name):
+            return self.pack(values)
+        return (values, np.empty(0, np.float32)) if self.header_bytes else (values,)
+
+    def decode(self, parts: tuple[Array, ...], dtype: np.dtype[np.generic]) -> Array:
+        """The tensor, of the dtype that it had."""
+        return self.unpack(parts, dtype) if is_float(dtype.name) else parts[0]
+
+    def size_bytes(self, tensor: Tensor) -> int:
+        """Bytes on the wire for one tensor."""
+        if self.bytes_per_value is None or not is_float(tensor.dtype):
+            return tensor.bytes
+        return prod(tensor.shape) * self.bytes_per_value + self.header_bytes
+
+
+def is_float(dtype: str) -> bool:
+    return np.issubdtype(np.dtype(dtype), np.floating)
+
+
+def _encode_int8(values: Array) -> tuple[Array, ...]:
+    """Affine, one scale and offset per tensor: q = round((x − min) / step) − 128."""
+    wide = values.astype(np.float32, copy=False)
+    low, high = np.min(wide), np.max(wide)
+    step = (high - low) / np.float32(255) or np.float32(1)
+    quantised = (np.rint((wide - low) / step) - 128).astype(np.int8)
+    return quantised, np.array([low, step], dtype=np.float32)
+
+
+def _decode_int8(parts: tuple[Array, ...], dtype: np.dtype[np.generic]) -> Array:
+    quantised, (low, step) = parts
+    values: Array = ((quantised.astype(np.float32) + 128) * step + low).astype(dtype)
+    return values
+
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Codec("fp32", None, 0, lambda x: (x,), lambda parts, dtype: parts[0]),
+        Codec("fp16", 2, 0, lambda x: (x.astype(np.float16),), lambda parts, dtype: parts[0].astype(dtype)),
+        Codec("int8", 1, 8, _encode_int8, _decode_int8),
+    )
+}
+
+
+def codec(name: str) -> Codec:
+    """The codec of that name; InputError with the known ones otherwise."""
+    try:
+        return CODECS[name]
+    except KeyError:
+        raise unknown("codec", name, CODECS) from None

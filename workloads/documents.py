@@ -1,0 +1,104 @@
+"""Reading what people write: YAML and JSON into pydantic models, with errors in one line. Knows no field."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from isthmus.workloads.errors import InputError, RunFailure
+
+Document = TypeVar("Document", bound=BaseModel)
+
+
+def read_text(path: str | Path) -> str:
+    """A text file. InputError naming it when it is missing, unreadable or not text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError("no such file", where=path) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"cannot be read: {reason}", where=path) from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """A YAML file (safe loader). InputError with line and column when it is not YAML."""
+    try:
+        return yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"not YAML: {problem}", where=place) from None
+
+
+def parse(kind: type[Document], data: Any, *, where: object) -> Document:
+    """Validate; the first thing wrong becomes an InputError that names file, field, value and what is allowed."""
+    if not isinstance(data, dict):
+        raise InputError(
+            f"is not a {kind.__name__}: expected fields with values, found {type(data).__name__}", where=where
+        )
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise InputError(_first(error, kind, data), where=where) from None
+
+
+def _first(error: ValidationError, kind: type[BaseModel], data: Any) -> str:
+    # Of the alternatives of a field, the one whose error lies deepest is the one that was meant.
+    first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+    loc = _typed(first["loc"], data, missing=first["type"] == "missing")
+    field = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"there is no such field (allowed: {', '.join(_fields(kind, first['loc'][:-1]))})"
+    elif first["type"] == "missing":
+        message = "is missing"
+    elif first["type"] != "value_error":
+        shown = repr(first["input"])
+        message += f", got {shown if len(shown) < 80 else shown[:77] + '...'}"
+    return f"{field or kind.__name__}: {message}"
+
+
+def _typed(loc: tuple[int | str, ...], data: Any, *, missing: bool) -> list[int | str]:
+    """A place as people wrote it: without the names that pydantic gives to alternatives."""
+    found: list[int | str] = []
+    for part in loc:
+        inside = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
+        if part in inside:
+            data = inside[part]
+            found.append(part)
+    return [*found, loc[-1]] if missing else found
+
+
+def _fields(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The fields that may stand at a place."""
+    kinds = [kind]
+    for part in loc:
+        inner = [k.model_fields[str(part)].annotation for k in kinds if part in k.model_fields]
+        named = [k for k in kinds if k.__name__ == part]
+        kinds = [m for annotation in inner for m in _models(annotation)] if inner else named or kinds
+    return list(dict.fromkeys(name for k in kinds for name in k.model_fields))
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all. RunFailure naming it when that fails."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunFailure(f"{path}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,77 @@
+"""The experiment file: which testbed, workload, policies and seeds. Knows no shell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from isthmus.workloads.documents import parse, read_yaml
+from isthmus.workloads.errors import InputError, unknown
+from isthmus.workloads.faults import NodeFault
+from isthmus.workloads.requests import Request, Source
+from isthmus.workloads.testbed import TestbedSpec
+from isthmus.workloads.units import Seconds
+
+
+class ExperimentSpec(BaseModel):
+    """What people write. `testbed` is a file beside this one, or the testbed itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "experiment"
+    testbed: TestbedSpec | str
+    workload: tuple[Source, ...] = Field(min_length=1)
+    policies: tuple[str | dict[str, dict[str, Any]], ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(1,), min_length=1)
+    faults: tuple[NodeFault, ...] = ()
+    drain: Seconds = Field(default=60.0, description="how long after the last arrival answers are waited for")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExperimentSpec:
+        """Read an experiment file with its testbed inside. InputError names file, field, value and what is allowed."""
+        return cls.of(read_yaml(path), Path(path).parent, where=path)
+
+    @classmethod
+    def of(cls, fields: Any, folder: Path, where: object = "experiment") -> ExperimentSpec:
+        """From the fields of a file; `folder` is what its relative paths start from."""
+        spec = parse(cls, fields, where=where)
+        if isinstance(spec.testbed, str):
+            file = folder / spec.testbed
+            testbed = parse(TestbedSpec, read_yaml(file), where=file)
+            profiles = str(Path(spec.testbed).parent / testbed.profiles)
+            spec = spec.model_copy(update={"testbed": testbed.model_copy(update={"profiles": profiles})})
+        spec.check(where=where)
+        return spec
+
+    def check(self, where: object = None) -> None:
+        """InputError for names that do not exist, and for workloads without an end."""
+        assert isinstance(self.testbed, TestbedSpec)
+        seen: set[str] = set()
+        for number, source in enumerate(self.workload):
+            field = f"{where or self.name}: workload[{number}]"
+            if source.node not in self.testbed.nodes:
+                raise unknown("node", source.node, self.testbed.nodes, where=f"{field}.node")
+            if source.model not in self.testbed.models:
+                raise unknown("model", source.model, self.testbed.models, where=f"{field}.model")
+            if source.node in seen:
+                raise InputError(f"node {source.node!r} has two sources", where=f"{field}.node", allowed="one per node")
+            seen.add(source.node)
+            endless = source.arrivals.kind != "replay"
+            if endless and source.requests is None and source.duration is None:
+                raise InputError("never ends", where=field, allowed="`requests` or `duration`")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError("a seed is given twice", where=f"{where or self.name}: seeds")
+        for number, fault in enumerate(self.faults):
+            field = f"{where or self.name}: faults[{number}]"
+            if fault.node not in self.testbed.nodes:
+                raise unknown("node", fault.node, self.testbed.nodes, where=f"{field}.node")
+            for other in self.faults[:number]:
+                if fault.overlaps(other):
+                    raise InputError(f"node {fault.node!r} is down already at that time", where=field)
+
+    def draw(self, seed: int) -> Mapping[str, list[Request]]:
+        """The requests of every source. The same seed gives the same requests, whatever the policy."""
+        return {source.node: source.draw(seed) for source in self.workload}

@@ -1,0 +1,285 @@
+"""Reading an ONNX file and bringing its graph into the one form that the rest works with.
+
+Knows the ONNX format. Must not know cuts, parts, profiles or machines.
+
+The form (`normalise`): no local functions; static shapes with batch 1; every tensor's type known; whatever
+depends on constants only is an initializer; every node leads to an output, has a unique name, and finds its
+inputs before it; no initializer is also an input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import external_data_helper, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from isthmus.workloads.errors import InputError
+
+# Not folded although their inputs are constants: random ones, and the marks that tell a runtime to use int8.
+# fmt: off
+_NEVER_FOLDED = frozenset((
+    "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
+    "DequantizeLinear", "QuantizeLinear",
+))
+# fmt: on
+_SMALL = 1024  # elements: constants up to this size may be shapes, and shape inference has to see their values
+
+
+def read(path: Path) -> tuple[onnx.ModelProto, str]:
+    """The model with its weights, and the sha256 over the file and its external data files.
+
+    Raises InputError if a file is missing or is not ONNX.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=path) from None
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError:
+        raise InputError("is not an ONNX model", where=path) from None
+    if not proto.graph.node or not proto.opset_import:
+        raise InputError("is not an ONNX model, or an empty one", where=path)
+    digest = hashlib.sha256(content)
+    try:
+        for location in sorted(_external_files(proto)):
+            with (path.parent / location).open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        external_data_helper.load_external_data_for_model(proto, str(path.parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise InputError(f"its external weights cannot be read: {error}", where=path) from None
+    return proto, digest.hexdigest()
+
+
+def normalise(proto: onnx.ModelProto, where: object) -> onnx.ModelProto:
+    """Bring `proto` into the form described above, in place, and return it. `where` is what errors name.
+
+    The first dimension of an input may be dynamic; it becomes 1. Raises InputError if an input has another
+    dynamic dimension, a tensor's shape cannot be inferred, the graph is malformed, or an output depends on no
+    node.
+    """
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    graph = proto.graph
+    if graph.sparse_initializer:
+        raise InputError("has sparse initializers", where=where, allowed="dense initializers")
+    constants = {t.name: t for t in graph.initializer}
+    inputs = [_copy(i) for i in graph.input if i.name not in constants]
+    if not inputs:
+        raise InputError("has no input", where=where)
+    hints = _fix_batch(inputs, graph.value_info, where)
+    opsets = {entry.domain: entry.version for entry in proto.opset_import}
+    nodes = [_copy(node) for node in graph.node]
+    _check_order(nodes, {*constants, *(i.name for i in inputs)}, where)
+
+    while True:  # folding makes shapes known, and known shapes make more to fold
+        nodes = _fold(nodes, constants, {}, opsets)
+        types = _infer(proto, nodes, inputs, hints, constants)
+        after = _fold(nodes, constants, types, opsets)
+        if len(after) == len(nodes):
+            break
+        nodes = after
+
+    nodes = _leading_to({o.name for o in graph.output}, nodes)
+    _name(nodes)
+    used = {name for node in nodes for name in uses(node)}
+    made = {name for node in nodes for name in node.output}
+    for output in graph.output:
+        if output.name not in made:
+            raise InputError(f"output {output.name!r} does not depend on any layer", where=where)
+    tensors = [i for i in inputs if i.name in used]
+    if not tensors:
+        raise InputError("its outputs depend on no input", where=where)
+    wanted = (used - constants.keys()) | {o.name for o in graph.output}
+    typed = {name: _typed(name, types, where) for name in sorted(wanted)}
+
+    given = {t.name for t in graph.initializer}
+    for index in range(len(graph.initializer) - 1, -1, -1):  # in place: weights may be most of the memory
+        if graph.initializer[index].name not in used:
+            del graph.initializer[index]
+    graph.initializer.extend(t for name, t in constants.items() if name in used - given)
+    del graph.node[:], graph.input[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.input.extend(tensors)
+    outputs = [o.name for o in graph.output]
+    del graph.output[:]
+    graph.output.extend(typed[name] for name in outputs)
+    ends = {*outputs, *(i.name for i in tensors)}
+    graph.value_info.extend(info for name, info in typed.items() if name not in ends)
+    proto.ir_version = max(proto.ir_version, 8)  # from 4 on, initializers need not be inputs as well
+    return proto
+
+
+def uses(node: onnx.NodeProto) -> tuple[str, ...]:
+    """The tensors that a node reads: its inputs, then what its subgraphs (If, Loop, Scan) capture."""
+    names = dict.fromkeys(name for name in node.input if name)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            own = {t.name for t in graph.initializer} | {i.name for i in graph.input}
+            for inner in graph.node:
+                names |= dict.fromkeys(name for name in uses(inner) if name not in own)
+                own |= set(inner.output)
+            names |= dict.fromkeys(o.name for o in graph.output if o.name not in own)
+    return tuple(names)
+
+
+def _copy(message: Any) -> Any:
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy
+
+
+def _external_files(proto: onnx.ModelProto) -> set[str]:
+    return {
+        entry.value
+        for tensor in external_data_helper._get_all_tensors(proto)
+        if external_data_helper.uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _fix_batch(
+    inputs: Iterable[onnx.ValueInfoProto], hints: Iterable[onnx.ValueInfoProto], where: object
+) -> list[onnx.ValueInfoProto]:
+    """Set the batch of `inputs` to 1, in place; return those of the file's own types that are static then."""
+    batches = set()
+    for value in inputs:
+        if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
+            raise InputError(f"input {value.name!r} has no known shape", where=where)
+        for dim in value.type.tensor_type.shape.dim[:1]:
+            if dim.dim_value <= 0:
+                batches.add(dim.dim_param)
+                dim.dim_value = 1
+    batches.discard("")
+
+    def fix(value: onnx.ValueInfoProto) -> bool:
+        dims = value.type.tensor_type.shape.dim
+        for dim in dims:
+            if dim.dim_param in batches:
+                dim.dim_value = 1
+        return all(dim.dim_value > 0 for dim in dims)
+
+    for value in inputs:
+        if not fix(value):
+            dims = [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
+            problem = f"input {value.name!r} has the dynamic shape {dims}"
+            raise InputError(problem, where=where, allowed="only the first dimension may be dynamic")
+    copies = [_copy(hint) for hint in hints if hint.type.tensor_type.HasField("shape")]
+    return [hint for hint in copies if fix(hint)]
+
+
+def _check_order(nodes: Iterable[onnx.NodeProto], known: set[str], where: object) -> None:
+    for node in nodes:
+        for name in uses(node):
+            if name not in known:
+                problem = f"node {node.name or node.op_type!r} uses tensor {name!r}, which nothing before it makes"
+                raise InputError(problem, where=where)
+        known.update(node.output)
+
+
+def _fold(
+    nodes: Iterable[onnx.NodeProto],
+    constants: dict[str, onnx.TensorProto],
+    types: Mapping[str, onnx.TypeProto],
+    opsets: Mapping[str, int],
+) -> list[onnx.NodeProto]:
+    """Evaluate what depends on constants only into `constants`; return the other nodes.
+
+    With `types`, Shape and Size of a tensor of known shape are constants too.
+    """
+    left = []
+    for node in nodes:
+        feeds = None
+        if node.op_type in ("Shape", "Size") and (shape := _static_shape(types.get(node.input[0]))) is not None:
+            feeds = {node.input[0]: np.broadcast_to(np.float32(0), shape)}
+        elif _is_constant(node, constants):
+            feeds = {name: numpy_helper.to_array(constants[name]) for name in node.input if name}
+        values = None if feeds is None else _evaluate(node, feeds, opsets)
+        if values is None:
+            left.append(node)
+        else:
+            constants.update((name, numpy_helper.from_array(v, name)) for name, v in values.items())
+    return left
+
+
+def _is_constant(node: onnx.NodeProto, constants: Mapping[str, object]) -> bool:
+    if node.op_type in _NEVER_FOLDED or any(a.HasField("g") or a.graphs for a in node.attribute):
+        return False
+    return all(name in constants for name in node.input if name)
+
+
+def _evaluate(node: onnx.NodeProto, feeds: dict[str, Any], opsets: Mapping[str, int]) -> dict[str, Any] | None:
+    """The outputs of one node, or None if the reference evaluator cannot do it: then it stays a layer."""
+    try:
+        outputs = ReferenceEvaluator(node, opsets=dict(opsets)).run(None, feeds)
+        return {name: np.asarray(v) for name, v in zip(node.output, outputs, strict=True) if name}
+    except Exception:  # it is an evaluator of anybody's operators: whatever it raises means "not here"
+        return None
+
+
+def _infer(
+    proto: onnx.ModelProto,
+    nodes: Iterable[onnx.NodeProto],
+    inputs: Iterable[onnx.ValueInfoProto],
+    hints: Iterable[onnx.ValueInfoProto],
+    constants: Mapping[str, onnx.TensorProto],
+) -> dict[str, onnx.TypeProto]:
+    """Types by tensor. Weights take part by shape only: inference copies the model, and they are heavy."""
+    light = onnx.ModelProto(ir_version=max(proto.ir_version, 8), opset_import=proto.opset_import)
+    graph = light.graph
+    graph.name = "types"
+    graph.node.extend(nodes)
+    graph.input.extend(inputs)
+    for tensor in constants.values():
+        if np.prod(tensor.dims, dtype=np.int64) <= _SMALL:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    graph.value_info.extend(hints)
+    graph.output.extend(onnx.ValueInfoProto(name=o.name) for o in proto.graph.output)
+    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    return {v.name: v.type for group in (inferred.input, inferred.value_info, inferred.output) for v in group}
+
+
+def _static_shape(kind: onnx.TypeProto | None) -> tuple[int, ...] | None:
+    if kind is None or not kind.tensor_type.HasField("shape"):
+        return None
+    dims = kind.tensor_type.shape.dim
+    return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None
+
+
+def _typed(name: str, types: Mapping[str, onnx.TypeProto], where: object) -> onnx.ValueInfoProto:
+    kind = types.get(name)
+    if kind is None or not kind.tensor_type.elem_type or _static_shape(kind) is None:
+        raise InputError(f"the shape of tensor {name!r} cannot be inferred", where=where)
+    return onnx.ValueInfoProto(name=name, type=kind)
+
+
+def _leading_to(outputs: set[str], nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if not wanted.isdisjoint(node.output):
+            kept.append(node)
+            wanted.update(uses(node))
+    return kept[::-1]
+
+
+def _name(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Give every node a name of its own, in place: the file's where it has one that is still free."""
+    taken: set[str] = set()
+    for index, node in enumerate(nodes):
+        name = node.name or f"{node.op_type}_{index}"
+        if name in taken:
+            name = f"{name}_{index}"
+        taken.add(name)
+        node.name = name

@@ -1,0 +1,214 @@
+"""What one model costs on one node: the measured samples, and the cost of every part that follows from them.
+
+Knows models and the file format. Must not know how the numbers were measured, nor who asks.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PrivateAttr,
+    model_validator,
+)
+
+from isthmus.workloads.documents import parse, read_text, write_text
+from isthmus.workloads.errors import InputError
+from isthmus.workloads.fit import Floats, fit_line, typical
+from isthmus.workloads.model import Model, Part, members
+
+Source = Literal["measured", "fitted", "published", "scaled"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Machine(_Frozen):
+    """Where it was measured."""
+
+    label: str
+    cpu: str
+    cores: int = Field(ge=1)
+    platform: str
+    python: str
+
+
+class SessionCost(_Frozen):
+    """The blocks `first` to `last - 1` as one session. `samples_s` are in the order in which they were taken.
+
+    They are autocorrelated, so whoever draws from them should draw runs of neighbours. `mean_s` is theirs with
+    the machine's drift divided out (`fit.session_means`), so that sessions can be compared.
+    """
+
+    first: int = Field(ge=0)
+    last: int = Field(ge=1)
+    kind: Literal["head", "tail", "block", "whole", "part"]
+    load_s: NonNegativeFloat
+    weights_bytes: int = Field(ge=0)
+    mean_s: NonNegativeFloat
+    samples_s: tuple[NonNegativeFloat, ...] = Field(min_length=1)
+
+
+class BlockCost(_Frozen):
+    """Mean seconds of one block inside a session, and where the number comes from."""
+
+    seconds: NonNegativeFloat
+    source: Source
+
+
+class CutCost(_Frozen):
+    """What a session costs besides for beginning or ending at one cut; negative where that saves something."""
+
+    enter_s: float = 0.0
+    leave_s: float = 0.0
+
+
+class Profile(_Frozen):
+    """The costs of one model on one node.
+
+    A session of blocks i to j-1 takes `session_s`, their sum, entering at cut i and leaving at cut j
+    (`workloads/fit.py` says why). One that is a single measured block takes what it took.
+    """
+
+    schema_version: Literal[1] = 1
+    model: str
+    sha256: str
+    machine: Machine
+    backend: str
+    backend_version: str
+    provider: str
+    threads: int = Field(ge=1)
+    date: str
+    clock: Literal["cpu"] = "cpu"
+    pace_s: NonNegativeFloat
+    batch: int = Field(default=1, ge=1)
+    provenance: str
+    session_s: NonNegativeFloat
+    blocks: tuple[BlockCost, ...] = Field(min_length=1)
+    cuts: tuple[CutCost, ...]
+    sessions: tuple[SessionCost, ...]
+
+    _path: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _spans_exist(self) -> Self:
+        if len(self.cuts) != len(self.blocks) + 1:
+            raise ValueError(f"{len(self.blocks)} blocks lie between {len(self.blocks) + 1} cuts, not {len(self.cuts)}")
+        for index, session in enumerate(self.sessions):
+            if not session.first < session.last <= len(self.blocks):
+                raise ValueError(f"sessions.{index} spans blocks {session.first} to {session.last}")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile. Raises InputError, naming the file and the first field that is wrong."""
+        text = read_text(path)
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"is not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+        profile = parse(cls, data, where=path)
+        profile._path = Path(path)
+        return profile
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, wholly or not at all. Raises RunFailure if that is impossible."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+    def check_model(self, model: Model) -> None:
+        """Raise InputError unless this profile is of exactly this model: same file, same weights."""
+        if self.sha256 != model.sha256 or len(self.blocks) != len(model.blocks):
+            where = self._path or "profile"
+            problem = f"is of model {self.model} ({self.sha256[:12]}), not of {model.name} ({model.sha256[:12]})"
+            raise InputError(problem, where=where)
+
+    def part_s(self, model: Model, part: Part) -> float:
+        """Mean seconds of `part` as one session; 0 if it is empty.
+
+        Inside a block, where nothing was measured, layers share the block's cost by their operations. Raises
+        InputError if the profile is of another model.
+        """
+        self.check_model(model)
+        if not part.layers:
+            return 0.0
+        span = model.span_of(part)
+        if span is not None:
+            return float(self.span_s()[span])
+        costs = (
+            cost.seconds * _share(model, block, part) for cost, block in zip(self.blocks, model.blocks, strict=True)
+        )
+        return self.session_s + sum(costs)
+
+    def span_s(self) -> Floats:
+        """Mean seconds of `model.span(i, j)` at [i, j], between all B + 1 cuts; 0 where i >= j. Read-only."""
+        return self._span_s
+
+    def load_s(self, model: Model, part: Part) -> float:
+        """Seconds to load `part`: a constant and a rate per byte of weights, fitted to the measured sessions.
+
+        0 if no session was measured. Raises InputError if the profile is of another model.
+        """
+        self.check_model(model)
+        constant_s, s_per_byte = self._load
+        return constant_s + s_per_byte * model.weights_bytes(part) if part.layers else 0.0
+
+    def shifted(self, shift_s: float, reason: str) -> Profile:
+        """The same with `shift_s` more for every session, or less, down to nothing; its provenance says why."""
+        moved = max(self.session_s + shift_s, 0.0)
+        said = f"{self.provenance}; {(moved - self.session_s) * 1e6:+.0f} µs per session by {reason}"
+        return self.model_copy(update={"session_s": moved, "provenance": said})
+
+    def residuals(self, seconds: float) -> Floats:
+        """How single runs of a part of about `seconds` scatter: r in `t = mean * (1 + r)`, as taken.
+
+        They are of the measured session whose mean is nearest (by ratio), about its own mean, without the
+        host's hiccups. A single 0 if no session was measured. Read-only.
+        """
+        means, residuals = self._residuals
+        nearest = int(np.abs(np.log(means / max(seconds, 1e-12))).argmin())
+        return residuals[nearest]
+
+    @cached_property
+    def _span_s(self) -> Floats:
+        before = np.concatenate([[0.0], np.cumsum([block.seconds for block in self.blocks])])
+        enter = np.array([cut.enter_s for cut in self.cuts]) - before
+        leave = np.array([cut.leave_s for cut in self.cuts]) + before
+        table = np.triu(self.session_s + enter[:, None] + leave[None, :], k=1).clip(min=0.0)
+        for session in self.sessions:
+            if session.kind == "block":
+                table[session.first, session.last] = session.mean_s
+        table.flags.writeable = False
+        return table
+
+    @cached_property
+    def _load(self) -> tuple[float, float]:
+        return fit_line([s.weights_bytes for s in self.sessions], [s.load_s for s in self.sessions])
+
+    @cached_property
+    def _residuals(self) -> tuple[Floats, list[Floats]]:
+        """Means of the measured sessions, and the residuals of each."""
+        samples = [typical(session.samples_s) for session in self.sessions if max(session.samples_s) > 0]
+        residuals = [s / s.mean() - 1 for s in samples] or [np.zeros(1)]
+        for array in residuals:
+            array.flags.writeable = False
+        return np.array([s.mean() for s in samples] or [1.0]), residuals
+
+
+def _share(model: Model, block: int, part: Part) -> float:
+    """The share of a block's operations that is in `part`; of its layers, if the block only moves data."""
+    inside = part.layers & block
+    if not inside:
+        return 0.0
+    total = sum(model.layers[index].flop for index in members(block))
+    if not total:
+        return inside.bit_count() / block.bit_count()
+    return sum(model.layers[index].flop for index in members(inside)) / total

@@ -1,0 +1,150 @@
+"""How long a part takes on a node: measured, scaled from measured, or synthetic. Knows no queue.
+
+All three answer the same questions: the mean of a part, the means of all spans at once, and one draw. A draw is a
+function of (seed, node, request), never of the order in which it is asked for.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+from scipy import stats
+
+from isthmus.workloads.model import Model, Part, members
+from isthmus.workloads.profile import Profile
+from isthmus.workloads.random import Uniforms
+from isthmus.workloads.units import Seconds
+
+
+class Service(Protocol):
+    """Service times of one model on one node."""
+
+    @property
+    def provenance(self) -> str:
+        """Where the numbers come from: measured, scaled, synthetic; with the machine where there is one."""
+
+    def mean_s(self, part: Part) -> float:
+        """Mean seconds of one part."""
+
+    def span_s(self) -> npt.NDArray[np.float64]:
+        """Mean seconds of every span: entry [i, j] is blocks i to j-1, 0 where i >= j."""
+
+    def load_s(self, part: Part) -> float:
+        """Seconds until a part that is not resident can run."""
+
+    def draw_s(self, part: Part, noise: Uniforms, number: int) -> float:
+        """Seconds of one part in the run's request `number`."""
+
+
+# Samples taken one after another are alike (lag-1 autocorrelation 0.2-0.7), so residuals are resampled in blocks.
+_BLOCK = 10
+
+
+class Measured:
+    """A profile's means times `slowdown`, with its residuals resampled in blocks of consecutive samples."""
+
+    def __init__(self, model: Model, profile: Profile, slowdown: float) -> None:
+        profile.check_model(model)
+        self.model, self.profile, self.slowdown = model, profile, slowdown
+        self._means = lru_cache(maxsize=None)(self._mean_s)
+        self._residuals = lru_cache(maxsize=None)(self._residuals_of)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Measured, (self.model, self.profile, self.slowdown)
+
+    @property
+    def provenance(self) -> str:
+        label = self.profile.machine.label
+        return f"measured on {label}" if self.slowdown == 1 else f"scaled ×{self.slowdown:g} from {label}"
+
+    def mean_s(self, part: Part) -> float:
+        return self._means(part)
+
+    def _mean_s(self, part: Part) -> float:
+        return self.slowdown * self.profile.part_s(self.model, part)
+
+    @cached_property
+    def _spans(self) -> npt.NDArray[np.float64]:
+        return _read_only(self.slowdown * self.profile.span_s())
+
+    def span_s(self) -> npt.NDArray[np.float64]:
+        return self._spans
+
+    def load_s(self, part: Part) -> float:
+        return self.slowdown * self.profile.load_s(self.model, part)
+
+    def _residuals_of(self, part: Part) -> npt.NDArray[np.float64]:
+        return self.profile.residuals(self._means(part) / self.slowdown)
+
+    def draw_s(self, part: Part, noise: Uniforms, number: int) -> float:
+        residuals = self._residuals(part)
+        if len(residuals) == 0:
+            return self._means(part)
+        start = int(noise[number // _BLOCK] * len(residuals))
+        return self._means(part) * (1 + float(residuals[(start + number % _BLOCK) % len(residuals)]))
+
+
+class SyntheticSpec(BaseModel):
+    """A made-up service time of the whole model. A part costs its share of the model's FLOPs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: Seconds = Field(gt=0)
+    distribution: Literal["constant", "exponential", "gamma", "lognormal"] = "constant"
+    spread: float = Field(default=0.5, gt=0, description="standard deviation over mean, for gamma and lognormal")
+
+
+class Synthetic:
+    """Service times of a given distribution, for theory and for hardware that is imagined."""
+
+    def __init__(self, model: Model, spec: SyntheticSpec) -> None:
+        self.model, self.spec = model, spec
+        # A model of nothing but moving data around has no FLOPs: then its layers share alike.
+        self._weights = [layer.flop if model.flop else 1 for layer in model.layers]
+        self._means = {model.everything: spec.mean}
+
+    @property
+    def provenance(self) -> str:
+        return f"synthetic, {self.spec.distribution}"
+
+    def mean_s(self, part: Part) -> float:
+        found = self._means.get(part.layers)
+        if found is None:
+            weight = sum(self._weights[i] for i in members(part.layers))
+            found = self._means[part.layers] = self.spec.mean * weight / sum(self._weights)
+        return found
+
+    @cached_property
+    def _spans(self) -> npt.NDArray[np.float64]:
+        blocks = [sum(self._weights[i] for i in members(block)) for block in self.model.blocks]
+        until = np.concatenate([[0.0], np.cumsum(blocks)])
+        spans = np.triu(until[None, :] - until[:, None], k=1) * (self.spec.mean / sum(self._weights))
+        return _read_only(spans)
+
+    def span_s(self) -> npt.NDArray[np.float64]:
+        return self._spans
+
+    def load_s(self, part: Part) -> float:
+        return 0.0
+
+    def draw_s(self, part: Part, noise: Uniforms, number: int) -> float:
+        mean, u, cv = self.mean_s(part), noise[number], self.spec.spread
+        match self.spec.distribution:
+            case "constant":
+                return mean
+            case "exponential":
+                return -mean * float(np.log1p(-u))
+            case "gamma":
+                return float(stats.gamma.ppf(u, 1 / cv**2, scale=mean * cv**2))
+            case "lognormal":
+                sigma2 = np.log1p(cv**2)
+                return float(stats.lognorm.ppf(u, np.sqrt(sigma2), scale=mean / np.exp(sigma2 / 2)))
+
+
+def _read_only(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    values.flags.writeable = False  # views hand it to policies
+    return values
