@@ -25,7 +25,7 @@ from isthmus.experiments.run_folder import Run
 from isthmus.workloads.errors import InputError, IsthmusError
 
 app = typer.Typer(
-    help="Edge-cloud offloading: simulate policies on measured costs, run them for real, see how far the two are apart.",
+    help="Edge-cloud offloading: simulate policies on measured costs, run them for real, see how far apart they are.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -162,7 +162,7 @@ def models(
             ]
             for m in found
         ],
-        caption="Any .onnx file works too. These have seeded random weights: their speed is real, their answers are not.",
+        caption="Any .onnx file works too. These have seeded random weights: their speed is real, their answers not.",
     )
 
 
@@ -399,37 +399,38 @@ def show_comparison(comparison: Any, as_json: bool, report: Path | None) -> None
     if as_json:
         emit(data if report is None else {**data, "report": str(report)})
         return
-    rows = data["rows"]
-    several = len({(r["model"], r["link"]) for r in rows}) > 1
-    repeated = any(r["repeat_mean_error"] is not None for r in rows)
-    present.table(
-        "Simulated beside real (emulated), latency in ms",
-        [
-            *(["model", "uplink"] if several else []),
-            "policy", "requests>", "mean sim>", "mean real>", "error>", "95 % interval>", "p95 sim>", "p95 real>",
-            "error>", "structural ms>", *(["repeat>"] if repeated else []), "overruns>",
-        ],
-        [
+    for setting in dict.fromkeys((r["model"], r["link"]) for r in data["rows"]):
+        rows = [r for r in data["rows"] if (r["model"], r["link"]) == setting]
+        repeated = any(r["repeat_mean_error"] is not None for r in rows)
+        requests = " or ".join(map(str, sorted({r["requests"] for r in rows})))
+        world = comparison.world
+        present.table(
+            f"{setting[0]}, {setting[1]} links, {requests} requests per policy; ms, simulated and {world}",
+            ["policy", "mean sim>", "mean real>", "error %>", "(95 %)>", "p95 sim>", "p95 real>", "error %>", "struct. ms>",
+             *(["repeat %>"] if repeated else []), "late %>"],
             [
-                *([r["model"], r["link"]] if several else []),
-                r["policy"],
-                r["requests"],
-                present.milliseconds(r["sim_mean_s"]),
-                present.milliseconds(r["real_mean_s"]),
-                present.percent(r["mean_error"]),
-                _interval(r["mean_error_low"], r["mean_error_high"]),
-                present.milliseconds(r["sim_p95_s"]),
-                present.milliseconds(r["real_p95_s"]),
-                present.percent(r["p95_error"]),
-                None if r["structural_error_s"] is None else f"{r['structural_error_s'] * 1e3:.2f}",
-                *([present.percent(r["repeat_mean_error"])] if repeated else []),
-                present.percent(r["overruns"]),
-            ]
-            for r in rows
-        ],
-        caption="error: simulation from the profile taken before, against the real run. structural: simulation fed the "
-        "real run's own part times, request by request. repeat: a second real run against the first.",
-    )  # fmt: skip
+                [
+                    r["policy"],
+                    present.milliseconds(r["sim_mean_s"]),
+                    present.milliseconds(r["real_mean_s"]),
+                    present.percent(r["mean_error"], ""),
+                    _interval(r["mean_error_low"], r["mean_error_high"]),
+                    present.milliseconds(r["sim_p95_s"]),
+                    present.milliseconds(r["real_p95_s"]),
+                    present.percent(r["p95_error"], ""),
+                    None if r["structural_error_s"] is None else f"{r['structural_error_s'] * 1e3:.2f}",
+                    *([present.percent(r["repeat_mean_error"], "")] if repeated else []),
+                    present.percent(r["overruns"], ""),
+                ]
+                for r in rows
+            ],
+        )  # fmt: skip
+    present.console.print(
+        "error: what the profile taken before predicted, against the real run. struct.: per request, when the simulator is "
+        "fed the real run's own part times. repeat: a second real run against the first. late: requests for which this "
+        "host was too slow to keep emulated time. Emulated: true parts on this host, slowed down.",
+        style="dim",
+    )
     tau = data["kendall_tau"]
     present.console.print(
         f"Median error: mean {present.percent(data['median_mean_error'])}, "
@@ -445,7 +446,7 @@ def show_comparison(comparison: Any, as_json: bool, report: Path | None) -> None
 
 
 def _interval(low: float | None, high: float | None) -> str | None:
-    return None if low is None or high is None else f"{low * 100:.1f}–{high * 100:.1f}"
+    return None if low is None or high is None else f"{abs(low) * 100:.0f}–{high * 100:.0f}"
 
 
 @app.command()
@@ -468,7 +469,7 @@ def report(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/demo"),
-    requests: Annotated[int, typer.Option(min=10, help="Requests per policy and uplink.")] = 40,
+    requests: Annotated[int, typer.Option(min=10, help="Requests per policy and uplink.")] = 100,
     as_json: Json = False,
 ) -> None:
     """Five minutes: measure a real network here, simulate six policies, run them for real, lay the two side by side."""

@@ -65,6 +65,12 @@ class Comparison:
     """What was merged; empty where this is the comparison of one experiment."""
 
     @property
+    def world(self) -> str:
+        """The world of the real runs: `emulated` or `physical`; both where comparisons of both were merged."""
+        worlds = {part.real.world for part in (self.parts or (self,)) if part.real is not None}
+        return " and ".join(sorted(worlds))
+
+    @property
     def median_mean_error(self) -> float | None:
         return _known(self.rows["mean_error"].median())
 

@@ -40,7 +40,7 @@ class Setting:
         rate = self.uplinks[uplink]
         first = {"between": ["device", "edge"], "rate": rate, "latency": "5ms"}
         if isinstance(rate, list):
-            first["period"] = "10s"
+            first["period"] = "6s"
         return {
             "name": f"{self.model}-{uplink}",
             "testbed": {
@@ -71,14 +71,14 @@ SETTINGS = {
             {"device": 10, "edge": 3, "cloud": 1.5},
             "12/s",
             300,
-            {"constant": "120Mbit", "changing": [["0s", "120Mbit"], ["4s", "60Mbit"], ["7s", "160Mbit"]]},
+            {"constant": "120Mbit", "changing": [["0s", "120Mbit"], ["2s", "60Mbit"], ["4s", "160Mbit"]]},
         ),
         Setting(
             "resnet50",
             {"device": 3, "edge": 2, "cloud": 1.5},
             "3/s",
             100,
-            {"constant": "40Mbit", "changing": [["0s", "40Mbit"], ["4s", "20Mbit"], ["7s", "60Mbit"]]},
+            {"constant": "40Mbit", "changing": [["0s", "40Mbit"], ["2s", "20Mbit"], ["4s", "60Mbit"]]},
         ),
     )
 }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -37,9 +38,18 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int,
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str | None = None) -> None:
     """A table; columns whose heading ends in `>` are set flush right."""
-    made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
+    made = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in columns:
-        made.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
+        made.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold", no_wrap=column == columns[0])
     for row in rows:
         made.add_row(*("–" if cell is None else str(cell) for cell in row))
     console.print(made)
@@ -49,5 +59,5 @@ def milliseconds(seconds: float | None) -> str | None:
     return None if seconds is None or seconds != seconds else f"{seconds * 1e3:.1f}"
 
 
-def percent(share: float | None) -> str | None:
-    return None if share is None or share != share else f"{share * 100:.1f} %"
+def percent(share: float | None, unit: str = " %") -> str | None:
+    return None if share is None or share != share else f"{share * 100:.1f}{unit}"

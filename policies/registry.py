@@ -43,7 +43,7 @@ class PolicySpec:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"policy {self.name!r} cannot be made: {type(error).__name__}: {error}") from error
+            raise InputError(f"policy {self.name!r} cannot be made: {_one_line(error)}") from error
         if not callable(getattr(policy, "decide", None)):
             raise InputError(f"policy {self.name!r} has no method decide(request, view)")
         return policy  # type: ignore[no-any-return]
@@ -94,7 +94,7 @@ def find(name: str) -> Any:
     try:
         factory = point.load()
     except Exception as error:  # whatever importing somebody's module may raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = _one_line(error)
         raise InputError(f"policy {name!r}{origin} cannot be loaded: {text}", allowed="module:Class") from error
     if not callable(factory):
         raise InputError(f"policy {name!r}{origin} is no class or function, but {factory!r}")
@@ -103,3 +103,7 @@ def find(name: str) -> Any:
 
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "an unknown package"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -6,6 +6,7 @@ process; for an emulated node it should run inside the node's own actor.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ import psutil
 
 from isthmus.real.session import PROVIDER, Array, PartSession, random_input, random_tensors, session_options
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.fit import fit_blocks, session_means
+from isthmus.workloads.fit import fit_blocks, fit_line, session_means
 from isthmus.workloads.model import Model, members, model_proto
 from isthmus.workloads.profile import BlockCost, CutCost, Machine, Profile, SessionCost
 
@@ -54,25 +55,27 @@ def profile_model(
     """Measure `model` on one thread of this machine, in CPU time.
 
     The sessions of `profile_spans` are timed by `time_spans`, and costs fitted to them by `fit_profile`. With
-    `quick` only the whole is timed, and its time shared out as ONNX Runtime's own profiler does: a second
-    instead of a minute, and coarse, since a part is not compiled as it is inside the whole. `label` names the
-    machine. `progress(done, total, text)` is called as it goes on.
+    `quick` only the whole, its halves and its quarters are timed, and shared out among the blocks as ONNX
+    Runtime's own profiler does it for the whole: seconds instead of a minute, and coarse, since a part is not
+    compiled as it is inside the whole. `label` names the machine. `progress(done, total, text)` is called as
+    it goes on.
     """
     proto = model_proto(model)
-    spans = [(0, len(model.blocks))] if quick else profile_spans(model)
+    spans = _pieces(len(model.blocks)) if quick else profile_spans(model)
     sessions = time_spans(model, spans, proto, rounds=rounds, runs=runs, pace_s=pace_s, progress=progress)
     if not quick:
         return fit_profile(model, sessions, pace_s=pace_s, label=label)
     kernels_s = _kernel_times(model, proto)
-    costs_s = kernels_s * (sessions[0].mean_s / kernels_s.sum())
+    of_spans_s = [float(kernels_s[first:last].sum()) for first, last in spans]
+    session_s, scale = fit_line(of_spans_s, [session.mean_s for session in sessions])
     return _profile(
         model,
         sessions,
         pace_s=pace_s,
         label=label,
-        provenance="the time of the whole model, shared out as by ONNX Runtime's profiler",
-        session_s=0.0,
-        blocks=tuple(BlockCost(seconds=float(cost_s), source="scaled") for cost_s in costs_s),
+        provenance=f"kernel times of ONNX Runtime's profiler, scaled by {scale:.3f} to {len(spans)} sessions",
+        session_s=session_s,
+        blocks=tuple(BlockCost(seconds=scale * float(kernel_s), source="scaled") for kernel_s in kernels_s),
         cuts=(CutCost(),) * len(model.cuts),
     )
 
@@ -86,6 +89,13 @@ def profile_spans(model: Model) -> list[Span]:
     spans = [(0, last), *((block, block + 1) for block in range(last))]
     spans += [(0, cut) for cut in _evenly(1, last - 1)] + [(cut, last) for cut in _evenly(1, last - 1)]
     spans += [(first, first + size) for size in _WINDOWS for first in _evenly(0, last - size)]
+    return list(dict.fromkeys(spans))
+
+
+def _pieces(blocks: int) -> list[Span]:
+    """The whole, its halves and its quarters."""
+    edges = [np.linspace(0, blocks, count + 1).round().astype(int).tolist() for count in (1, 2, 4)]
+    spans = [span for edge in edges for span in itertools.pairwise(edge) if span[0] < span[1]]
     return list(dict.fromkeys(spans))
 
 
@@ -185,7 +195,7 @@ def time_spans(
 def _evenly(first: int, last: int) -> list[int]:
     """The whole numbers from `first` to `last`, or `_PER_KIND` of them evenly spread."""
     count = max(0, last - first + 1)
-    return np.linspace(first, last, min(_PER_KIND, count)).round().astype(int).tolist()
+    return [round(float(number)) for number in np.linspace(first, last, min(_PER_KIND, count))]
 
 
 def _kind(span: Span, blocks: int) -> Literal["whole", "block", "head", "tail", "part"]:
@@ -216,16 +226,19 @@ def _kernel_times(model: Model, proto: onnx.ModelProto) -> npt.NDArray[np.float6
         events = json.loads(Path(session.end_profiling()).read_text())
 
     known = {name: layer.index for layer in model.layers for name in (layer.name, *layer.outputs)}
-    kernel_s = np.zeros(len(model.layers))
-    at = 0
+    kernels: dict[str, list[float]] = {}
     for event in events:
         name, is_kernel = re.subn("_kernel_time$", "", event["name"])
         if is_kernel:
-            stem = name
-            while stem not in known and "_" in stem:
-                stem = stem.rpartition("_")[0]
-            at = known.get(stem, at)
-            kernel_s[at] += 1e-6 * event["dur"] / _KERNEL_RUNS
+            kernels.setdefault(name, []).append(1e-6 * event["dur"])
+    kernel_s = np.zeros(len(model.layers))
+    at = 0
+    for name, taken_s in kernels.items():  # in the order of the first run
+        stem = name
+        while stem not in known and "_" in stem:
+            stem = stem.rpartition("_")[0]
+        at = known.get(stem, at)
+        kernel_s[at] += np.median(taken_s) * len(taken_s) / _KERNEL_RUNS
 
     user: dict[str, int] = {}
     for layer in reversed(model.layers):

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, settings
 from onnx import TensorProto, helper, numpy_helper
 
 from isthmus.policies.records import Record
 from isthmus.sim.simulator import simulate
 from isthmus.workloads.requests import Request
 from isthmus.workloads.testbed import Testbed, TestbedSpec
+
+# No deadlines: how long an example takes says how busy the machine is. Set HYPOTHESIS_PROFILE=search for new examples.
+settings.register_profile(
+    "same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("search", settings.get_profile("same"), derandomize=False, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 NODES = {"device": "100ms", "edge": "30ms", "cloud": "10ms"}
 LINKS = [
@@ -24,8 +33,9 @@ LINKS = [
 
 
 def _save(path: Path, nodes: list[onnx.NodeProto], output: list[int]) -> Path:
+    generator = np.random.default_rng(0)
     weights = [
-        numpy_helper.from_array(np.zeros((8, 3 if name == "w0" else 8, 3, 3), np.float32), name)
+        numpy_helper.from_array(generator.normal(0, 0.2, (8, 3 if name == "w0" else 8, 3, 3)).astype(np.float32), name)
         for node in nodes
         for name in node.input
         if name.startswith("w")
@@ -113,3 +123,12 @@ def play() -> Play:
         return records
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[Any]:
+    """One Ray for all tests: it takes seconds to start."""
+    from isthmus.real.cluster import local_ray
+
+    with local_ray() as started:
+        yield started

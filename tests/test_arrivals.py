@@ -28,7 +28,7 @@ def test_the_same_seed_gives_the_same_arrivals_in_another_process():
     code = (
         "import json\n"
         "from isthmus.workloads.requests import Source\n"
-        f"spec = {dict(node='device', model='m', arrivals=POISSON, requests=50)!r}\n"
+        f"spec = { {'node': 'device', 'model': 'm', 'arrivals': POISSON, 'requests': 50}!r}\n"
         "print(json.dumps([r.arrival_s for r in Source.model_validate(spec).draw(7)]))"
     )
     there = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

@@ -55,9 +55,7 @@ def view_of(testbed: Testbed, *, links=None, nodes=None, truth=None, now_s: floa
 
 @st.composite
 def views(draw, testbed: Testbed) -> View:
-    links = {
-        i: LinkBelief(draw(rates), 0.0, draw(st.sampled_from([0, 0, 1000, 10**5])), None) for i in testbed.links
-    }
+    links = {i: LinkBelief(draw(rates), 0.0, draw(st.sampled_from([0, 0, 1000, 10**5])), None) for i in testbed.links}
     backlog = st.sampled_from([0.0, 0.0, 0.01, 0.3])
     nodes = {n: NodeBelief(draw(backlog), draw(st.integers(0, 5)), None) for n in testbed.nodes}
     return view_of(testbed, links=links, nodes=nodes)
@@ -71,7 +69,9 @@ def cost(plan: Plan, view: View) -> float:
 def every_plan(testbed: Testbed) -> list[Plan]:
     """Every chain of up to three nodes, in the order of some route, the source among them; by sheer enumeration."""
     [model] = testbed.models.values()
-    routes = {testbed.route("device", node) for node in testbed.nodes if node in (*testbed.reachable("device"), "device")}
+    routes = {
+        testbed.route("device", node) for node in testbed.nodes if node in (*testbed.reachable("device"), "device")
+    }
     plans = set()
     for route in routes:
         for others in (o for n in range(3) for o in combinations(route[1:], n)):
@@ -80,7 +80,6 @@ def every_plan(testbed: Testbed) -> list[Plan]:
     return sorted(plans, key=Plan.to_json)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_every_split_costs_what_its_plan_is_predicted_to(synthetic, data):
     testbed = data.draw(drawn_testbed(synthetic))
@@ -96,7 +95,6 @@ def test_every_split_costs_what_its_plan_is_predicted_to(synthetic, data):
     assert found == set(every_plan(testbed))
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_least_delay_is_brute_force(synthetic, data):
     testbed = data.draw(drawn_testbed(synthetic))
@@ -105,7 +103,7 @@ def test_least_delay_is_brute_force(synthetic, data):
     assert cost(chosen, view) == pytest.approx(min(cost(plan, view) for plan in every_plan(testbed)), rel=1e-9)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.data())
 def test_more_bandwidth_never_hurts_the_best_plan(synthetic, data):
     testbed = data.draw(drawn_testbed(synthetic))
@@ -133,7 +131,6 @@ OVERHEADS = Overheads(
 )
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_the_simulator_does_to_one_request_what_was_predicted_span_by_span(synthetic, play, data):
     model_name = data.draw(st.sampled_from(["chain", "diamond"]))
@@ -162,7 +159,7 @@ def test_the_simulator_does_to_one_request_what_was_predicted_span_by_span(synth
     assert record.latency_s == pytest.approx(latency_s(expected), rel=1e-9, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(1, 8), st.sampled_from([0.0, 2e4, 2e5, 4e6])), max_size=6),
     st.floats(0, 30),
@@ -222,7 +219,6 @@ def neurosurgeon(testbed: Testbed, view: View, objective: str) -> list[float]:
     return costs
 
 
-@settings(deadline=None)
 @given(st.data(), st.sampled_from(["latency", "energy"]))
 def test_neurosurgeon_is_its_formula(synthetic, data, objective):
     link = {"between": ["device", "cloud"], "rate": data.draw(rates), "latency": data.draw(latencies)}

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from isthmus.policies.contract import Oracle
 from isthmus.policies.dispatch import RETRIES, Answer, Close, Compiler, Dispatcher, PolicyFailure, Start, Timer
@@ -337,7 +347,5 @@ class Lives(RuleBasedStateMachine):
 
 
 def test_whatever_happens_each_request_is_closed_exactly_once(testbed):
-    from hypothesis.stateful import run_state_machine_as_test
-
     Lives.testbed = testbed
-    run_state_machine_as_test(Lives, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(Lives, settings=settings(max_examples=60, stateful_step_count=40))

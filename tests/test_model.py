@@ -25,9 +25,7 @@ def save(path: Path, nodes, inputs, outputs, initializers=(), value_info=()) -> 
         name, shape = item if isinstance(item, tuple) else (item, SHAPE)
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
-    graph = helper.make_graph(
-        nodes, "g", [value(i) for i in inputs], [value(o) for o in outputs], list(initializers)
-    )
+    graph = helper.make_graph(nodes, "g", [value(i) for i in inputs], [value(o) for o in outputs], list(initializers))
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
     return path
 
@@ -127,9 +125,7 @@ def test_blocks_partition_the_model_and_spans_invert(name):
 
 
 def test_zoo_is_what_the_literature_says():
-    inner = {
-        name: len(load_model(name).cuts) - 2 for name in zoo.names() if name not in ("vgg19", "zfnet512")
-    }
+    inner = {name: len(load_model(name).cuts) - 2 for name in zoo.names() if name not in ("vgg19", "zfnet512")}
     assert inner == {
         "alexnet": 22,
         "densenet121": 87,
@@ -158,8 +154,7 @@ def test_models_are_small_values_and_weights_come_from_the_seed():
     other = load_model("squeezenet", seed=1)
     assert other.sha256 != model.sha256
     weights = [
-        {t.name: numpy_helper.to_array(t) for t in model_proto(m).graph.initializer}
-        for m in (model, model, other)
+        {t.name: numpy_helper.to_array(t) for t in model_proto(m).graph.initializer} for m in (model, model, other)
     ]
     for name, values in weights[0].items():
         np.testing.assert_array_equal(values, weights[1][name])

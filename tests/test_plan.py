@@ -108,7 +108,9 @@ def test_a_plan_from_another_process_is_found_again():
     assert pickle.loads(done.stdout) in {plan}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "5", '{"stages":[["a"]]}', '{"stages":[["a","m","xyz",null]]}', "nul"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "5", '{"stages":[["a"]]}', '{"stages":[["a","m","xyz",null]]}', "nul"]
+)
 def test_what_is_no_plan_is_refused(text):
     with pytest.raises(InputError, match="not a plan"):
         Plan.from_json(text)

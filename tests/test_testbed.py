@@ -188,7 +188,7 @@ names = st.sampled_from("abcde")
 
 @given(st.dictionaries(st.frozensets(names, min_size=2, max_size=2), st.integers(0, 2), min_size=1, max_size=10))
 def test_routes_are_of_a_piece(synthetic, links):
-    """Even where many ways are equally good: back is there reversed, and a piece of a route is the route of its ends."""
+    """Even where many ways are equally good: back is there reversed, and a piece of a route is its ends' route."""
     described = [
         {"between": sorted(pair), "rate": 1, "latency": latency, "back": {"latency": (latency * 7) % 3}}
         for pair, latency in links.items()

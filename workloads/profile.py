@@ -163,9 +163,11 @@ class Profile(_Frozen):
 
     def shifted(self, shift_s: float, reason: str) -> Profile:
         """The same with `shift_s` more for every session, or less, down to nothing; its provenance says why."""
-        moved = max(self.session_s + shift_s, 0.0)
-        said = f"{self.provenance}; {(moved - self.session_s) * 1e6:+.0f} µs per session by {reason}"
-        return self.model_copy(update={"session_s": moved, "provenance": said})
+        shift_s = max(shift_s, -self.session_s)
+        said = f"{self.provenance}; {shift_s * 1e6:+.0f} µs per session by {reason}"
+        sessions = tuple(s.model_copy(update={"mean_s": max(s.mean_s + shift_s, 0.0)}) for s in self.sessions)
+        update = {"session_s": self.session_s + shift_s, "sessions": sessions, "provenance": said}
+        return Profile(**(dict(self) | update))  # not model_copy, which would keep what is cached
 
     def residuals(self, seconds: float) -> Floats:
         """How single runs of a part of about `seconds` scatter: r in `t = mean * (1 + r)`, as taken.
@@ -182,7 +184,7 @@ class Profile(_Frozen):
         before = np.concatenate([[0.0], np.cumsum([block.seconds for block in self.blocks])])
         enter = np.array([cut.enter_s for cut in self.cuts]) - before
         leave = np.array([cut.leave_s for cut in self.cuts]) + before
-        table = np.triu(self.session_s + enter[:, None] + leave[None, :], k=1).clip(min=0.0)
+        table: Floats = np.triu(self.session_s + enter[:, None] + leave[None, :], k=1).clip(min=0.0)
         for session in self.sessions:
             if session.kind == "block":
                 table[session.first, session.last] = session.mean_s

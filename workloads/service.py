@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
-from scipy import stats
+from scipy import special
 
 from isthmus.workloads.model import Model, Part, members
 from isthmus.workloads.profile import Profile
@@ -139,10 +139,10 @@ class Synthetic:
             case "exponential":
                 return -mean * float(np.log1p(-u))
             case "gamma":
-                return float(stats.gamma.ppf(u, 1 / cv**2, scale=mean * cv**2))
+                return mean * cv**2 * float(special.gammaincinv(1 / cv**2, u))
             case "lognormal":
                 sigma2 = np.log1p(cv**2)
-                return float(stats.lognorm.ppf(u, np.sqrt(sigma2), scale=mean / np.exp(sigma2 / 2)))
+                return mean * float(np.exp(np.sqrt(sigma2) * special.ndtri(u) - sigma2 / 2))
 
 
 def _read_only(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

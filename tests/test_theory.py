@@ -1,0 +1,184 @@
+"""The simulator against queueing theory: the exact value lies in a narrow 99 % confidence interval.
+
+Intervals are of independent replications (seeds), by Student's t, each without its first fifth, which still remembers
+that everything began empty. Nothing here depends on how the simulator is made: arrivals go in, records come out.
+
+Sources: L. Kleinrock, Queueing Systems, vol. 1 (1975), chapters 2, 3 and 5; P. J. Burke, The output of a queuing system
+(1956); J. R. Jackson, Networks of waiting lines (1957); H. D. Friedman, Reduction methods for tandem queuing systems
+(1965).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from isthmus.policies.plan import split
+from isthmus.policies.records import Record
+from isthmus.policies.static import Fixed, Local, Remote
+from isthmus.workloads.requests import Poisson, Request, Source
+from isthmus.workloads.testbed import Testbed
+
+SEEDS = range(1, 11)
+WITHOUT_DELAY: dict[str, Any] = {"rate": 1e18, "latency": 0}
+"""A link that takes no time worth mentioning."""
+
+Measure = Callable[[list[Record]], float]
+
+
+def mean_latency(records: list[Record]) -> float:
+    return float(np.mean([r.latency_s for r in records if r.latency_s is not None]))
+
+
+def p95_latency(records: list[Record]) -> float:
+    return float(np.quantile([r.latency_s for r in records if r.latency_s is not None], 0.95))
+
+
+def agrees(
+    play: Callable[..., list[Record]],
+    testbed: Testbed,
+    policy: Callable[[], Any],
+    per_s: float | dict[str, float],
+    theory_s: float,
+    measure: Measure = mean_latency,
+    *,
+    requests: int,
+    width: float = 1.0,
+) -> None:
+    """The interval holds the theory, and is narrow, or the test could not fail: a sixth of it, of `width` of it, to
+    either side with the fewest requests, and the less the more there are."""
+    rates = per_s if isinstance(per_s, dict) else {"device": per_s}
+    [model] = testbed.models
+    values = []
+    for seed in SEEDS:
+        drawn: dict[str, list[Request]] = {
+            node: Source(node=node, model=model, arrivals=Poisson(rate=rate), requests=requests).draw(seed)
+            for node, rate in rates.items()
+        }
+        records = play(testbed, policy, drawn, seed=seed)
+        assert len(records) == requests * len(rates)
+        records.sort(key=lambda r: r.arrival_s)
+        values.append(measure(records[len(records) // 5 :]))
+    error = stats.t.ppf(0.995, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    said = f"theory {theory_s:.4f} s, simulated {np.mean(values):.4f} ± {error:.4f} s"
+    assert error < width * theory_s / 6 * math.sqrt(FEW / requests), said
+    assert abs(np.mean(values) - theory_s) <= error, said
+
+
+def alone(synthetic, distribution: str, slots: int = 1, spread: float = 0.5) -> Testbed:
+    """One node that takes 1 s on average."""
+    service = {"mean": "1s", "distribution": distribution, "spread": spread}
+    return synthetic({"device": {"service": service, "slots": slots}}, [])
+
+
+FEW, MANY = 2500, 40_000
+
+
+@pytest.fixture(params=[FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def requests(request: pytest.FixtureRequest) -> int:
+    """By replication."""
+    return int(request.param)
+
+
+utilisations = pytest.mark.parametrize("rho", [0.5, 0.8])
+
+
+@utilisations
+def test_m_m_1(synthetic, play, requests, rho):
+    """Kleinrock, chapter 3: the time in an M/M/1 queue is 1 / (μ − λ) on average."""
+    agrees(play, alone(synthetic, "exponential"), Local, rho, 1 / (1 - rho), requests=requests)
+
+
+@utilisations
+def test_m_m_1_in_its_tail(synthetic, play, requests, rho):
+    """Kleinrock, chapter 5: the time in an M/M/1 FIFO queue is exponential with rate μ − λ, so its 95th percentile is
+    ln 20 / (μ − λ). A mean says nothing about the order of service; this does."""
+    agrees(
+        play,
+        alone(synthetic, "exponential"),
+        Local,
+        rho,
+        math.log(20) / (1 - rho),
+        p95_latency,
+        requests=requests,
+        width=1.5,
+    )
+
+
+@utilisations
+@pytest.mark.parametrize(("distribution", "spread"), [("constant", 0.0), ("gamma", 0.5), ("lognormal", 1.0)])
+def test_m_g_1(synthetic, play, requests, rho, distribution, spread):
+    """Pollaczek–Khinchine (Kleinrock, chapter 5): waiting is λ·E[S²] / (2(1 − ρ)), and E[S²] = E[S]²·(1 + cv²).
+
+    With constant times it is M/D/1."""
+    testbed = alone(synthetic, distribution, spread=spread or 0.5)
+    wait = rho * (1 + spread**2) / (2 * (1 - rho))
+    agrees(play, testbed, Local, rho, 1 + wait, requests=requests, width=1 + spread)
+
+
+@utilisations
+@pytest.mark.parametrize("slots", [2, 5])
+def test_m_m_c(synthetic, play, requests, rho, slots):
+    """Erlang C (Kleinrock, chapter 3): P(wait) = B / (1 − ρ(1 − B)) with B from Erlang's recursion; the wait is
+    P(wait) / (cμ − λ)."""
+    offered = rho * slots
+    blocked = 1.0
+    for servers in range(1, slots + 1):
+        blocked = offered * blocked / (servers + offered * blocked)
+    waits = blocked / (1 - rho * (1 - blocked))
+    agrees(
+        play, alone(synthetic, "exponential", slots), Local, offered, 1 + waits / (slots - offered), requests=requests
+    )
+
+
+@utilisations
+def test_m_d_1_at_a_link_before_a_faster_server(synthetic, play, requests, rho):
+    """Messages of one size over a constant rate are an M/D/1 queue. They leave it at least one transmission apart, so
+    a server that always takes less than that has none waiting (Friedman 1965); neither has the way back.
+
+    A latency delays all alike and changes no queue."""
+    size = 3 * 64 * 64 * 4  # bytes of the model's input
+    link = {"between": ["device", "cloud"], "rate": size, "latency": "0.25s"}
+    testbed = synthetic({"device": "1s", "cloud": "900ms"}, [link])
+    answer_s = testbed.models["chain"].bytes_of(testbed.models["chain"].outputs) / size
+    assert answer_s < 1
+    wait = rho / (2 * (1 - rho))
+    agrees(play, testbed, Remote, rho, wait + 1 + 0.25 + 0.9 + answer_s + 0.25, requests=requests)
+
+
+@utilisations
+def test_two_servers_in_a_row(synthetic, play, requests, rho):
+    """What leaves an M/M/1 queue is a Poisson process (Burke 1956), so a second exponential server behind the first is
+    an M/M/1 queue too, and the times add (Jackson 1957). Noise that the two nodes shared would break it."""
+    testbed = synthetic({"device": "1s", "cloud": "1s"}, [{"between": ["device", "cloud"], **WITHOUT_DELAY}])
+    model = testbed.models["chain"]
+    parts = [stage.part for stage in split(model, (1,), ("device", "cloud")).stages]
+    share = [testbed.service("device", "chain").mean_s(part) for part in parts]
+    # The cut's two halves are made to take 1 s and 0.8 s on average.
+    nodes = {
+        name: {"service": {"mean": mean / of, "distribution": "exponential"}}
+        for name, mean, of in zip(("device", "cloud"), (1.0, 0.8), share, strict=True)
+    }
+    testbed = synthetic(nodes, [{"between": ["device", "cloud"], **WITHOUT_DELAY}])
+    agrees(play, testbed, lambda: Fixed(1), rho, 1 / (1 - rho) + 1 / (1 / 0.8 - rho), requests=requests)
+
+
+@utilisations
+def test_two_sources_share_a_server(synthetic, play, requests, rho):
+    """Two Poisson processes together are one of the sum of their rates (Kleinrock, chapter 2), whoever sends them."""
+    nodes = {"device": "1s", "sensor": "1s", "cloud": {"service": {"mean": "1s", "distribution": "exponential"}}}
+    links = [{"between": [n, "cloud"], **WITHOUT_DELAY} for n in ("device", "sensor")]
+    rates = {"device": rho / 4, "sensor": 3 * rho / 4}
+    # The rarer source is still sending when the other has stopped: only the time in which both do counts.
+    testbed = synthetic(nodes, links)
+
+    def while_both_send(records: list[Record]) -> float:
+        last = min(max(r.arrival_s for r in records if r.source == s) for s in rates)
+        return mean_latency([r for r in records if r.arrival_s <= last])
+
+    agrees(play, testbed, lambda: Remote("cloud"), rates, 1 / (1 - rho), while_both_send, requests=requests)
