@@ -52,7 +52,7 @@ def _row(name: str, parts: int, seed: int, quick: bool, progress: Progress | Non
     chosen = [unseen[pick] for pick in picks]
     spans = chosen if quick else [*seen, *chosen]
     pace_s = 0.02
-    sessions = time_spans(model, spans, model_proto(model), rounds=16, runs=1, pace_s=pace_s, progress=progress)
+    sessions = time_spans(model, spans, model_proto(model), rounds=14, runs=1, pace_s=pace_s, progress=progress)
     if quick:
         profile = profile_model(model, quick=True, pace_s=pace_s)
     else:

@@ -406,8 +406,8 @@ def show_comparison(comparison: Any, as_json: bool, report: Path | None) -> None
         world = comparison.world
         present.table(
             f"{setting[0]}, {setting[1]} links, {requests} requests per policy; ms, simulated and {world}",
-            ["policy", "mean sim>", "mean real>", "error %>", "(95 %)>", "p95 sim>", "p95 real>", "error %>", "struct. ms>",
-             *(["repeat %>"] if repeated else []), "late %>"],
+            ["policy", "mean sim>", "mean real>", "error %>", "(95 %)>", "p95 sim>", "p95 real>", "error %>",
+             "struct. ms>", *(["repeat %>"] if repeated else []), "late %>"],
             [
                 [
                     r["policy"],
@@ -426,9 +426,9 @@ def show_comparison(comparison: Any, as_json: bool, report: Path | None) -> None
             ],
         )  # fmt: skip
     present.console.print(
-        "error: what the profile taken before predicted, against the real run. struct.: per request, when the simulator is "
-        "fed the real run's own part times. repeat: a second real run against the first. late: requests for which this "
-        "host was too slow to keep emulated time. Emulated: true parts on this host, slowed down.",
+        "error: what the profile taken before predicted, against the real run. struct.: per request, when the "
+        "simulator is fed the real run's own part times. repeat: a second real run against the first. late: requests "
+        "for which this host was too slow to keep emulated time. Emulated: true parts on this host, slowed down.",
         style="dim",
     )
     tau = data["kendall_tau"]

@@ -49,7 +49,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
         collapse_padding=True,
     )
     for column in columns:
-        made.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold", no_wrap=column == columns[0])
+        made.add_column(
+            column.rstrip(">"),
+            justify="right" if column.endswith(">") else "left",
+            overflow="fold",
+            no_wrap=column == columns[0],
+        )
     for row in rows:
         made.add_row(*("–" if cell is None else str(cell) for cell in row))
     console.print(made)

@@ -28,7 +28,8 @@ def local_ray() -> Iterator[Any]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Actors find what the driver finds: policies named as module:Class lie beside the experiment, say.
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in (os.environ.get("PYTHONPATH"), *sys.path) if p))
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in dict.fromkeys(sys.path))
     try:
         ray.init(
             address="local",
@@ -40,6 +41,11 @@ def local_ray() -> Iterator[Any]:
         )
     except Exception as error:
         raise RunFailure(f"Ray does not start: {error}") from error
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
     try:
         yield ray
     finally:

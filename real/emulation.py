@@ -29,6 +29,7 @@ from isthmus.workloads.testbed import Testbed
 _LEAD_S = 0.3
 """From opening a cell on the actors to its time 0."""
 _COLLECT_S = 0.5
+_PATIENCE_S = 120
 
 
 @dataclass(frozen=True)
@@ -135,19 +136,24 @@ class Emulation:
         if late_s > 0:  # opening took long on a busy host: begin anew, with nothing lost
             cell = Cell(next(self._cells), time.monotonic() + _LEAD_S + 2 * late_s, seed, name)
             self._get([actor.open.remote(cell) for actor in self._actors.values()])
-        self._get([self._actors[s].start.remote(r, policies[s], drain_s) for s, r in requests.items()])
-        return _Driving(self, cell, requests, sink, faults, decided, tick).drive()
+        driving = _Driving(self, cell, requests, policies, sink, faults, drain_s, decided, tick)
+        for source in requests:
+            driving.start(source)
+        return driving.drive()
 
     # For a cell under way
 
     def kill(self, node: str) -> None:
-        """End a node's actor, as a crash would."""
+        """End a node's actor, as a crash would, and wait until it is gone."""
         self.ray.kill(self._actors[node])
+        self.ray.wait([ref for ref, of in self._watches.items() if of == node], timeout=_PATIENCE_S)
 
     def revive(self, node: str, cell: Cell) -> None:
         """A fresh actor for a node, with the same parts resident, in the cell under way."""
         actor = self._start(node)
         self._get([actor.load.remote(sorted(self._loaded.get(node, ()), key=lambda p: p.layers))])
+        if node in self._answers:
+            self._get([actor.prepare_answers.remote(*self._answers[node])])
         self._introduce()
         self._get([actor.open.remote(cell)])
 
@@ -166,9 +172,11 @@ class Emulation:
         if node not in self._actors:
             return None
         try:
-            return self.ray.get(getattr(self._actors[node], method).remote(*arguments), timeout=120)
+            return self.ray.get(getattr(self._actors[node], method).remote(*arguments), timeout=_PATIENCE_S)
         except self.ray.exceptions.RayActorError:
             return None
+        except self.ray.exceptions.GetTimeoutError:
+            raise RunFailure(f"the actor of {node!r} has not answered for {_PATIENCE_S} s") from None
 
     @property
     def alive(self) -> list[str]:
@@ -194,41 +202,53 @@ class _Driving:
         emulation: Emulation,
         cell: Cell,
         requests: Mapping[str, Sequence[Request]],
+        policies: Mapping[str, Policy],
         sink: Callable[[Record], None],
         faults: Sequence[NodeFault],
+        drain_s: float,
         decided: Callable[[Request, int, Mapping[str, Any], str], None] | None,
         tick: Callable[[int], None] | None,
     ) -> None:
-        self.emulation, self.cell, self.requests, self.sink = emulation, cell, requests, sink
-        self.decided, self.tick = decided, tick
+        self.emulation, self.cell, self.requests, self.policies = emulation, cell, requests, policies
+        self.sink, self.drain_s, self.decided, self.tick = sink, drain_s, decided, tick
         self.closed: dict[str, set[int]] = {source: set() for source in requests}
-        self.running = {source for source, of in requests.items() if of}
+        self.running: set[str] = set()
         self.overruns = 0
         events = [(f.down, f.node, False) for f in faults] + [(f.up, f.node, True) for f in faults if f.up is not None]
         self.events = sorted(events)
 
+    def start(self, source: str, after_s: float = 0.0) -> None:
+        """Let a source's requests arise, those after some time; earlier ones that are open have failed."""
+        for request in self._open(source):
+            if request.arrival_s < after_s:
+                self._keep(_lost(request, Outcome.FAILED, f"source {source} down"))
+        self.emulation.call(source, "start", self._open(source), self.policies[source], self.drain_s)
+        self.running.add(source)
+
     def drive(self) -> Pressure:
         try:
-            while self.running:
+            while self.running or any(up and node in self.requests for _, node, up in self.events):
                 self._play_faults()
-                for node in self.emulation.died():
-                    self._tell(node, up=False)
+                self._notice_deaths()
                 for source in list(self.running):
                     self._collect(source)
                 if self.tick is not None:
                     self.tick(sum(map(len, self.closed.values())))
-                if self.running:
-                    due = [self.events[0][0] - self._now_s] if self.events else []
-                    time.sleep(max(0.0, min([_COLLECT_S, *due])))
+                due = [self.events[0][0] - self._now_s] if self.events else []
+                time.sleep(max(0.0, min([_COLLECT_S, *due])) if self.running or due else 0.0)
+            self._give_up(Outcome.FAILED, "source down")
+        except KeyboardInterrupt:
+            for source in list(self.running):
+                self._collect(source)
+            self._give_up(Outcome.UNFINISHED, "interrupted")
+            raise
         finally:
+            lasted_s = max(self._now_s, 1e-9)
             used = [u for node in self.emulation.alive if (u := self.emulation.call(node, "close")) is not None]
-        lasted = max(self._now_s, 1e-9)
-        ran = sum(u.cpu_s for u in used)
-        total = sum(map(len, self.requests.values()))
         return Pressure(
-            self.overruns / max(total, 1),
-            sum(u.run_delay_s for u in used) / lasted,
-            ran / lasted,
+            self.overruns / max(sum(map(len, self.requests.values())), 1),
+            sum(u.run_delay_s for u in used) / lasted_s,
+            sum(u.cpu_s for u in used) / lasted_s,
             stalled_share(),
         )
 
@@ -236,21 +256,29 @@ class _Driving:
     def _now_s(self) -> float:
         return time.monotonic() - self.cell.epoch
 
+    def _open(self, source: str) -> list[Request]:
+        return [r for r in self.requests[source] if r.number not in self.closed[source]]
+
     def _play_faults(self) -> None:
         while self.events and self.events[0][0] <= self._now_s:
             _, node, up = self.events.pop(0)
-            if up:
+            if not up:
+                if node in self.emulation.alive:
+                    self.emulation.kill(node)
+                    self._notice_deaths()
+            elif node not in self.emulation.alive:
                 self.emulation.revive(node, self.cell)
                 self._tell(node, up=True)
-            elif node in self.emulation.alive:
-                self.emulation.kill(node)
+                if node in self.requests:
+                    self.start(node, after_s=self._now_s)
+
+    def _notice_deaths(self) -> None:
+        for node in self.emulation.died():
+            self._tell(node, up=False)
 
     def _tell(self, node: str, *, up: bool) -> None:
-        if not up and node in self.running:
+        if not up:
             self.running.discard(node)
-            for request in self.requests[node]:
-                if request.number not in self.closed[node]:
-                    self._keep(_lost(request))
         for source in self.running:
             self.emulation.call(source, "node_is", node, up)
 
@@ -269,6 +297,12 @@ class _Driving:
         if collected.done:
             self.running.discard(source)
 
+    def _give_up(self, outcome: Outcome, reason: str) -> None:
+        """Every request has an outcome, also those that nobody can speak for any more."""
+        for source in self.requests:
+            for request in self._open(source):
+                self._keep(_lost(request, outcome, reason))
+
     def _keep(self, record: Record) -> None:
         if record.number not in self.closed[record.source]:
             self.closed[record.source].add(record.number)
@@ -276,7 +310,7 @@ class _Driving:
             self.sink(record)
 
 
-def _lost(request: Request) -> Record:
+def _lost(request: Request, outcome: Outcome, reason: str) -> Record:
     return Record(
         number=request.number,
         source=request.source,
@@ -284,8 +318,8 @@ def _lost(request: Request) -> Record:
         arrival_s=request.arrival_s,
         deadline_s=request.deadline_s,
         end_s=None,
-        outcome=Outcome.FAILED,
-        reason=f"source {request.source} down",
+        outcome=outcome,
+        reason=reason,
         plan=None,
         attempts=0,
     )

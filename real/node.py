@@ -19,11 +19,12 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -49,6 +50,7 @@ TOLERANCE = 1e-5
 _WARM_UPS = 5
 
 Tensors = Mapping[str, Array]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +229,8 @@ class _Cell:
         self._source = Timeline(self.clock, "source", self._failed)
         self._dispatcher: Dispatcher | None = None
         self._charge_decisions = True
-        self._records: list[Record] = []
-        self._decisions: list[tuple[Request, int, View, Plan]] = []
+        self._records: deque[Record] = deque()
+        self._decisions: deque[tuple[Request, int, View, Plan]] = deque()
         self._left = 0
         self._before = usage()
 
@@ -323,11 +325,11 @@ class _Cell:
         self._carry_out(actions, now, time.thread_time() - began)
 
     def collect(self) -> Collected:
-        records, self._records = self._records, []
-        decisions, self._decisions = self._decisions, []
-        data = [(request, attempt, view.to_data(), plan.to_json()) for request, attempt, view, plan in decisions]
-        # `_left` is read after the records were taken, so a done source has handed over everything by the next call.
-        return Collected(records, data, self._left == 0 and not self._records, self.failure)
+        done = self._left == 0  # read first: what closed the last request is in the queue by then
+        decisions = [
+            (r, attempt, view.to_data(), plan.to_json()) for r, attempt, view, plan in _drained(self._decisions)
+        ]
+        return Collected(_drained(self._records), decisions, done, self.failure)
 
     # Messages
 
@@ -460,6 +462,11 @@ class _Cell:
         if letter.source not in self._noise:
             self._noise[letter.source] = Uniforms(self.cell.seed, "service", self.name, letter.source)
         return service.draw_s(compiled.plan.stages[stage].part, self._noise[letter.source], letter.number)
+
+
+def _drained(queue: deque[Item]) -> list[Item]:
+    """Take all that is in a queue which another thread appends to."""
+    return [queue.popleft() for _ in range(len(queue))]
 
 
 def _took(

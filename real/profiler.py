@@ -45,7 +45,7 @@ _KERNEL_RUNS = 10  # of the whole model under ONNX Runtime's own profiler
 def profile_model(
     model: Model,
     *,
-    rounds: int = 16,
+    rounds: int = 14,
     runs: int = 1,
     pace_s: float = 0.02,
     quick: bool = False,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,18 @@ def play() -> Play:
         records: list[Record] = []
         simulate(testbed, requests, {s: policy() for s in requests}, records.append, seed=seed, **more)
         return records
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def elsewhere() -> Callable[..., bytes]:
+    """`elsewhere(code)`: what Python code prints in a process of its own, which hashes strings in its own way."""
+
+    def run(code: str, *, hash_seed: int = 4711) -> bytes:
+        source = Path(__file__).parents[1] / ".src"  # this checkout, whatever is installed
+        environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONHASHSEED": str(hash_seed)}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
 
     return run
 

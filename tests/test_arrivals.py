@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,14 +22,14 @@ def times(requests: list[Request]) -> list[float]:
     return [r.arrival_s for r in requests]
 
 
-def test_the_same_seed_gives_the_same_arrivals_in_another_process():
+def test_the_same_seed_gives_the_same_arrivals_in_another_process(elsewhere):
     code = (
         "import json\n"
         "from isthmus.workloads.requests import Source\n"
         f"spec = { {'node': 'device', 'model': 'm', 'arrivals': POISSON, 'requests': 50}!r}\n"
         "print(json.dumps([r.arrival_s for r in Source.model_validate(spec).draw(7)]))"
     )
-    there = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    there = json.loads(elsewhere(code))
     assert times(source(POISSON, requests=50).draw(7)) == there
     assert times(source(POISSON, requests=50).draw(8)) != there
     other = source(POISSON, requests=50).model_copy(update={"node": "other"})

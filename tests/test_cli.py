@@ -1,4 +1,4 @@
-"""The command line as people use it: real processes, exit codes, one clear line for what is wrong, JSON for machines."""
+"""The command line as people use it: real processes, exit codes, one clear line for what is wrong, JSON."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ EXPERIMENT: dict[str, Any] = {
         "nodes": {"device": {"service": {"mean": "20ms"}}, "cloud": {"service": {"mean": "5ms"}}},
         "links": [{"between": ["device", "cloud"], "rate": "20Mbit", "latency": "5ms"}],
     },
-    "workload": [
-        {"node": "device", "model": "net", "arrivals": {"kind": "poisson", "rate": "20/s"}, "requests": 40}
-    ],
+    "workload": [{"node": "device", "model": "net", "arrivals": {"kind": "poisson", "rate": "20/s"}, "requests": 40}],
     "policies": ["local", "remote", "least-delay"],
 }
 
@@ -90,8 +88,8 @@ def test_simulate_run_compare_report(place):
     data = json.loads(done.stdout)
     assert [row["policy"] for row in data["rows"]] == ["local", "remote", "least-delay"]
     contract = {
-        "policy", "model", "link", "requests", "outcomes_sim", "outcomes_real", "sim_mean_s", "real_mean_s", "mean_error",
-        "p50_error", "p95_error", "structural_error_s", "repeat_mean_error", "overruns",
+        "policy", "model", "link", "requests", "outcomes_sim", "outcomes_real", "sim_mean_s", "real_mean_s",
+        "mean_error", "p50_error", "p95_error", "structural_error_s", "repeat_mean_error", "overruns",
     }  # fmt: skip
     assert all(contract <= row.keys() for row in data["rows"])
     assert "<html" in (place / "report.html").read_text()[:1000]
@@ -165,7 +163,9 @@ def test_bad_files(place):
 
 
 def test_a_profile_of_another_model_is_refused(place):
-    profile_model(load_model("squeezenet"), quick=True, rounds=1, runs=1, pace_s=0).save(place / "profiles/net@host.json")
+    profile_model(load_model("squeezenet"), quick=True, rounds=1, runs=1, pace_s=0).save(
+        place / "profiles/net@host.json"
+    )
     write(place, changed(testbed__nodes__device={"slowdown": 4}))
     fails(isthmus("simulate", "experiment.yaml", cwd=place), 2, "net@host.json", "squeezenet", "net")
 

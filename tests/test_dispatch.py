@@ -152,14 +152,20 @@ def test_a_node_that_goes_takes_what_is_under_way_with_it(testbed):
     assert started(it.arrive(request(3), 1.5)).compiled.nodes == {"device", "edge", "cloud"}
 
 
-def test_an_attempt_that_goes_on_after_its_request_is_closed_leaves_no_backlog(testbed):
+@pytest.mark.parametrize("told", ["node", "timer", "answer"])
+def test_an_attempt_that_goes_on_after_its_request_is_closed_leaves_no_backlog(testbed, told):
     it = dispatcher_for(testbed)
     it.arrive(request(timeout_s=0.5), 1.0)
     it.timer(0, 1, 1.5)
     it.answer(0, 1, Answer(), 1.6)
     assert it.view(1.6).nodes["cloud"].queue == 1  # the second attempt is still under way there
-    it.node_is("cloud", up=False, now_s=1.7)
-    assert it.view(1.7).nodes["cloud"].queue == 0
+    if told == "node":
+        it.node_is("cloud", up=False, now_s=1.7)
+    elif told == "timer":
+        it.timer(0, 2, 2.0)
+    else:
+        it.answer(0, 2, Answer(), 2.1)
+    assert it.view(2.2).nodes["cloud"].queue == 0
 
 
 def test_a_source_that_goes_loses_all_and_takes_nothing_new(testbed):

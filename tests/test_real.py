@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
 from isthmus.policies.contract import Truth, View
 from isthmus.policies.dispatch import PolicyFailure
 from isthmus.policies.plan import Plan, Stage, split, whole_on
@@ -165,6 +166,16 @@ def test_requests_of_a_source_that_dies_have_failed(synthetic, emulate):
     assert outcomes["completed"] + outcomes["failed"] == 40
 
 
+def test_a_source_that_comes_back_goes_on(synthetic, emulate):
+    requests = poisson("chain", 60, rate=8.0)
+    fault = NodeFault(node="device", down=1.0, up=1.5)
+    ran = emulate(synthetic(NODES, LINKS), spec("remote").make(1), requests, faults=[fault])
+    assert sorted(r.number for r in ran.records) == list(range(60))
+    outcome = {r.number: r.outcome for r in ran.records}
+    assert outcome[0] == outcome[59] == "completed"
+    assert "failed" in outcome.values()
+
+
 class Raises:
     def decide(self, request: Request, view: View) -> Plan:
         if request.number == 3:
@@ -177,7 +188,9 @@ class Impossible:
         return Plan((Stage("moon", view.testbed.models[request.model].whole()),))
 
 
-@pytest.mark.parametrize(("policy", "said"), [(Raises(), "ZeroDivisionError: by design"), (Impossible(), "unknown node 'moon'")])
+@pytest.mark.parametrize(
+    ("policy", "said"), [(Raises(), "ZeroDivisionError: by design"), (Impossible(), "unknown node 'moon'")]
+)
 def test_a_broken_policy_ends_the_run_with_one_line(policy, said, synthetic, emulate):
     with pytest.raises(PolicyFailure, match=said) as caught:
         emulate(synthetic(NODES, LINKS), policy, poisson("chain", 10))

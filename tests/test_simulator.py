@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -162,7 +160,7 @@ def run_here(name: str, play, synthetic) -> str:
 
 
 @pytest.mark.parametrize("name", ["random", "least-delay"])
-def test_the_same_seed_is_the_same_run_in_another_process_too(synthetic, play, chain, name):
+def test_the_same_seed_is_the_same_run_in_another_process_too(synthetic, play, elsewhere, chain, name):
     code = f"""
 import hashlib
 from isthmus.policies.registry import spec
@@ -183,11 +181,8 @@ print(hashlib.sha256("\\n".join(repr((r, r.spans)) for r in records).encode()).h
 """
     here = run_here(name, play, synthetic)
     assert here == run_here(name, play, synthetic)
-    for hash_seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip() == here
+    for hash_seed in (1, 2):
+        assert elsewhere(code, hash_seed=hash_seed).decode().strip() == here
 
 
 def test_another_seed_is_another_run(testbed, play):
@@ -237,6 +232,24 @@ def test_a_node_that_goes_down_loses_its_work_and_serves_again_when_it_is_back(s
     assert latency[3] == pytest.approx(latency[0], rel=1e-3)
     places = {r.number: {s.place for s in r.spans if s.kind is Kind.COMPUTE} for r in records}
     assert places == {0: {"cloud"}, 1: {"device"}, 2: {"device"}, 3: {"cloud"}}
+
+
+def test_what_waited_at_a_node_that_went_down_never_runs_there(synthetic, play):
+    testbed = synthetic({"device": "1s", "cloud": "100ms"}, [{"between": ["device", "cloud"], "rate": "1GB/s"}])
+    faults = [NodeFault(node="cloud", down=1.05, up=2.0)]
+    records = play(testbed, lambda: Remote("cloud"), [1.0, 1.01, 1.02, 6.0, 6.01], faults=faults)
+    latency = {r.number: r.latency_s for r in records}
+    assert latency[3] == pytest.approx(0.1, rel=1e-2)
+    assert latency[4] == pytest.approx(0.19, rel=1e-2)  # behind request 3 and nothing else
+
+
+def test_a_node_that_is_down_forwards_nothing(synthetic, play):
+    links = [{"between": pair, "rate": "1Mbit"} for pair in (["device", "edge"], ["edge", "cloud"])]
+    testbed = synthetic({"device": "10s", "edge": "10s", "cloud": "1ms"}, links)
+    sent = testbed.models["chain"].tensors["x"].bytes / 125_000
+    faults = [NodeFault(node="edge", down=sent / 2, up=3 * sent)]  # away when the message is there
+    [record] = play(testbed, lambda: Remote("cloud"), [0.0], faults=faults)
+    assert record.latency_s == pytest.approx(sent / 2 + 10)
 
 
 def test_a_source_that_goes_down_fails_its_requests_and_those_that_come(synthetic, play):
