@@ -48,7 +48,9 @@ def test_fp16_keeps_eleven_bits(values):
 def test_int8_is_off_by_half_a_step_at_most(values):
     back = codec("int8").decode(codec("int8").encode(values), values.dtype)
     step = (float(values.max()) - float(values.min())) / 255
-    rounding = 4 * np.finfo(np.float32).eps * float(np.abs(values).max()) + 1e-44
+    rounding = (
+        4 * np.finfo(np.float32).eps * float(np.abs(values).max()) + 4e-43
+    )  # the last: steps too small for a float32
     assert np.abs(back - values).max() <= step / 2 + rounding
 
 

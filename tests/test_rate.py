@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.rate import Rate
+from isthmus.workloads.testbed import Link
+from isthmus.workloads.transmitter import Transmitter
 
 
 def finish_by_walking(rate: Rate, start_s: float, size: float) -> float:
@@ -100,7 +102,15 @@ def test_the_exact_boundaries():
     turning = Rate((0.0, 1.0), (0.0, 10.0), 2.0)
     assert turning.finish_s(1.0, 10) == 2.0  # one period's bytes end with it, not after the outage of the next
     assert turning.finish_s(1.0, 20) == 4.0
-    assert turning.finish_s(0.0, 1e-300) >= 0.0
+    assert Rate((0.0, 1.0, 2.0), (1e17, 0.0, 5.0)).finish_s(1.5, 1) >= 1.5  # a byte that is lost beside 1e17 others
+
+
+def test_a_transmitter_sends_one_after_the_other_and_latency_keeps_none_waiting():
+    link = Transmitter(Link(("a", "b"), Rate((0.0, 2.0), (10.0, 20.0)), 0.5))
+    assert link.send(0.0, 10) == (0.0, 1.0, 1.5)  # first byte leaves, last byte leaves, last byte arrives
+    assert link.send(0.5, 30) == (1.0, 3.0, 3.5)
+    assert link.send(2.0, 0) == (3.0, 3.0, 3.5)  # an empty message keeps its place
+    assert link.send(9.0, 20) == (9.0, 10.0, 10.5)
 
 
 def test_the_mean_is_what_a_long_transfer_sees():

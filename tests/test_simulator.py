@@ -212,6 +212,17 @@ def test_two_policies_meet_the_same_noise_request_by_request(testbed, play):
     assert ratios == pytest.approx(ratios.mean())  # a smaller part of it draws the same luck
 
 
+def test_luck_belongs_to_request_and_node_and_nothing_else(testbed, play):
+    requests = workload(requests=300, rate=1.0)
+    here, there = (compute_s(play(testbed, p, requests), n) for p, n in ((Local, "device"), (Remote, "cloud")))
+    both = np.array([(here[key], there[key]) for key in here if key[0] == "device"])
+    assert abs(np.corrcoef(both.T)[0, 1]) < 3 / np.sqrt(300)
+    faults = [NodeFault(node="cloud", down=second, up=second + 0.5) for second in range(5, 100)]
+    again = play(testbed, Remote, requests, faults=faults)
+    assert any(r.attempts == 2 for r in again)  # also when it is tried a second time
+    assert compute_s(again, "device") == pytest.approx({k: here[k] for k in compute_s(again, "device")})
+
+
 def outcomes(records: list[Record]) -> dict[int, tuple[str, str | None, int]]:
     return {r.number: (r.outcome.value, r.reason, r.attempts) for r in records}
 

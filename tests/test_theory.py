@@ -181,4 +181,4 @@ def test_two_sources_share_a_server(synthetic, play, requests, rho):
         last = min(max(r.arrival_s for r in records if r.source == s) for s in rates)
         return mean_latency([r for r in records if r.arrival_s <= last])
 
-    agrees(play, testbed, lambda: Remote("cloud"), rates, 1 / (1 - rho), while_both_send, requests=requests)
+    agrees(play, testbed, lambda: Remote("cloud"), rates, 1 / (1 - rho), while_both_send, requests=requests, width=1.5)
