@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import click
 import typer
+from rich.markup import escape
 
 import isthmus
 from isthmus.experiments import execute, present
@@ -23,6 +24,7 @@ from isthmus.experiments.execute import Experiment
 from isthmus.experiments.present import messages
 from isthmus.experiments.run_folder import Run
 from isthmus.workloads.errors import InputError, IsthmusError
+from isthmus.workloads.experiment import ExperimentSpec
 
 app = typer.Typer(
     help="Edge-cloud offloading: simulate policies on measured costs, run them for real, see how far apart they are.",
@@ -48,7 +50,10 @@ def main() -> None:
     """Run the command line; the only place where errors become exit codes."""
     sys.path.insert(0, "")  # policies named module:Class are looked for where people stand
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer returns the code of an Exit, and 130 after Ctrl-C
+        if code == 130:
+            raise KeyboardInterrupt
+        raise SystemExit(code)
     except InputError as error:
         _fail(str(error), 2)
     except IsthmusError as error:
@@ -56,13 +61,13 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
+        _fail("interrupted; what was finished is kept", 130)
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
 
 
 def _fail(text: str, code: int) -> None:
-    messages.print(f"[bold red]error:[/] {' '.join(text.split())}", markup=True, highlight=False, soft_wrap=True)
+    messages.print(f"[bold red]error:[/] {escape(' '.join(text.split()))}", highlight=False, soft_wrap=True)
     raise SystemExit(code)
 
 
@@ -87,15 +92,20 @@ def _progress(title: str, as_json: bool) -> Iterator[execute.Progress]:
 
 def _load(file: Path, policies: list[str] | None, seeds: list[int] | None, requests: int | None = None) -> Experiment:
     experiment = Experiment.load(file)
-    changes: dict[str, Any] = {}
+    fields = experiment.spec.model_dump()
     if policies:
-        changes["policies"] = tuple(policies)
+        fields["policies"] = policies
     if seeds:
-        changes["seeds"] = tuple(seeds)
+        fields["seeds"] = seeds
     if requests:
-        changes["workload"] = tuple(s.model_copy(update={"requests": requests}) for s in experiment.spec.workload)
-    changed = replace(experiment, spec=experiment.spec.model_copy(update=changes))
-    assert changed.policies  # unknown ones are told before anything is measured
+        for source in fields["workload"]:
+            source["requests"] = requests
+    changed = replace(experiment, spec=ExperimentSpec.of(fields, experiment.folder, where=file))
+    changed.check_policies()  # before anything is measured
+    for model in changed.build_testbed(need_profiles=False).models.values():
+        if len(model.cuts) == 2:
+            said = f"note: model {model.name!r} has no cut: nowhere does one tensor cross alone, so it runs whole"
+            messages.print(escape(said), highlight=False, soft_wrap=True)
     return changed
 
 
@@ -251,12 +261,13 @@ def profile(
 def calibrate(
     file: File,
     quick: Annotated[bool, typer.Option(help="Profile in seconds, at about twice the error.")] = False,
+    keep_profiles: Annotated[bool, typer.Option(help="Only the pilot and the overheads, half a minute.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure on this machine all that simulating an experiment needs: profiles, codecs, decisions, releases."""
     experiment = _load(file, None, None)
     with _progress("calibrating", as_json) as move:
-        written = execute.calibrate(experiment, quick=quick, progress=move)
+        written = execute.calibrate(experiment, quick=quick, keep_profiles=keep_profiles, progress=move)
     overheads = experiment.testbed.overheads
     if as_json:
         emit({"files": [str(p) for p in written], "overheads": overheads.model_dump()})
@@ -296,7 +307,7 @@ def plan(
                 r["policy"],
                 r["plan"],
                 *(present.milliseconds(r[k]) for k in ("latency_s", "compute_s", "links_s")),
-                r["energy_j"],
+                None if r["energy_j"] is None else f"{r['energy_j']:.3f}",
             ]
             for r in rows
         ],
@@ -366,7 +377,7 @@ def _show_run(made: Run, trace: Path | None, as_json: bool) -> None:
         caption=f"Written to {made.folder}" + (f", trace to {trace}" if trace else ""),
     )
     for warning in warnings:
-        messages.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        present.warn(warning)
 
 
 def _marked(made: Run, policy: str) -> str:
@@ -407,7 +418,7 @@ def show_comparison(comparison: Any, as_json: bool, report: Path | None) -> None
         present.table(
             f"{setting[0]}, {setting[1]} links, {requests} requests per policy; ms, simulated and {world}",
             ["policy", "mean sim>", "mean real>", "error %>", "(95 %)>", "p95 sim>", "p95 real>", "error %>",
-             "struct. ms>", *(["repeat %>"] if repeated else []), "late %>"],
+             "struct. ms>", *(["repeat %>"] if repeated else []), "overrun %>"],
             [
                 [
                     r["policy"],
@@ -427,8 +438,9 @@ def show_comparison(comparison: Any, as_json: bool, report: Path | None) -> None
         )  # fmt: skip
     present.console.print(
         "error: what the profile taken before predicted, against the real run. struct.: per request, when the "
-        "simulator is fed the real run's own part times. repeat: a second real run against the first. late: requests "
-        "for which this host was too slow to keep emulated time. Emulated: true parts on this host, slowed down.",
+        "simulator is fed the real run's own part times. repeat: a second real run against the first. overrun: "
+        "requests for which this host was too slow to keep emulated time. Emulated: true parts on this host, "
+        "slowed down.",
         style="dim",
     )
     tau = data["kendall_tau"]
@@ -441,8 +453,10 @@ def show_comparison(comparison: Any, as_json: bool, report: Path | None) -> None
             else "No two policies are 10 % apart, so there is no ranking."
         )
     )
+    for warning in comparison.warnings:
+        present.warn(warning)
     if report is not None:
-        present.console.print(f"Report: [bold]{report}[/]", soft_wrap=True)
+        present.console.print(f"Report: [bold]{escape(str(report))}[/]", soft_wrap=True)
 
 
 def _interval(low: float | None, high: float | None) -> str | None:

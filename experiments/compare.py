@@ -3,7 +3,8 @@
 Three errors, over requests that are the same in all runs (common random numbers):
 
     predictive   the simulation from the profile taken before, against the real run: mean, p50, p95, p99
-    structural   the simulation fed the real run's own plans, part times and decision times, request by request
+    structural   the simulation fed the real run's own plans, part times and decision times, request by request; only
+                 requests for which the host kept emulated time, or the simulation would be fed the host's lateness
     repeat       a second real run against the first: what no simulation can beat
 
 Percentages are relative to the real run; latency is that of answered requests. Knows run folders and the replay. Knows
@@ -71,6 +72,12 @@ class Comparison:
         return " and ".join(sorted(worlds))
 
     @property
+    def warnings(self) -> list[str]:
+        """What the real runs said of themselves, such as that the host was too slow."""
+        runs = [run for part in (self.parts or (self,)) for run in (part.real, part.repeat) if run is not None]
+        return [f"{run.folder}: {said}" for run in runs for said in run.facts.get("warnings", [])]
+
+    @property
     def median_mean_error(self) -> float | None:
         return _known(self.rows["mean_error"].median())
 
@@ -115,6 +122,7 @@ class Comparison:
             "median_p95_error": self.median_p95_error,
             "structural_error_s": self.structural_error_s,
             "kendall_tau": self.kendall_tau,
+            "warnings": self.warnings,
         }
 
 
@@ -295,7 +303,7 @@ def _row(
     for what in ("mean", *(f"p{p}" for p in PERCENTILES)):
         row[f"{what}_error"] = abs(row[f"sim_{what}_s"] / row[f"real_{what}_s"] - 1)
     row["mean_bias"] = row["sim_mean_s"] / row["real_mean_s"] - 1
-    apart = (replayed - real["latency_s"]).abs()
+    apart = (replayed - real["latency_s"]).abs().where(real["overruns"].fillna(0) == 0)
     row |= {"structural_error_s": apart.mean(), "paired": int(apart.notna().sum())}
     row |= _intervals(sim["latency_s"], real["latency_s"], apart, resamples, seed)
     again = pd.Series(dtype=float) if repeat is None else repeat["latency_s"]

@@ -5,11 +5,12 @@ Progress is told to a callback (done, total, text); who shows it is none of this
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from isthmus.sim.simulator import simulate as simulate_cell
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.experiment import ExperimentSpec
 from isthmus.workloads.profile import Profile
+from isthmus.workloads.random import stream
 from isthmus.workloads.requests import Request
+from isthmus.workloads.service import Measured
 from isthmus.workloads.testbed import Testbed, TestbedSpec, profile_path
 
 Progress = Callable[[int, int, str], None]
-
-PILOT_REQUESTS = 120
 
 
 @dataclass(frozen=True)
@@ -79,21 +80,51 @@ class Experiment:
             raise InputError(
                 f"two policies are called {twice[0]!r}", where=self.where, allowed="a `label` of its own for each"
             )
-        for policy in found:
-            policy.make(0)
         return found
+
+    def check_policies(self) -> None:
+        """InputError when a policy cannot be made as the experiment says."""
+        for policy in self.policies:
+            policy.make(0)
 
     def cells(self) -> list[tuple[PolicySpec, int]]:
         """What has to be run: every policy under every seed."""
         return [(policy, seed) for seed in self.spec.seeds for policy in self.policies]
 
     def make(self, policy: PolicySpec, seed: int) -> dict[str, Policy]:
-        """A fresh policy for every source."""
-        return {source.node: policy.make(seed) for source in self.spec.workload}
+        """A fresh policy for every source, each with a seed of its own."""
+        return {
+            source.node: policy.make(int(stream(seed, "policy", source.node).integers(2**31)))
+            for source in self.spec.workload
+        }
 
     @property
     def oracles(self) -> list[str]:
         return [p.label for p in self.policies if is_oracle(p.make(0))]
+
+
+def uncalibrated(experiment: Experiment) -> list[str]:
+    """Warnings about policies whose decisions were not timed on a testbed that was calibrated otherwise."""
+    overheads = experiment.testbed.overheads
+    if not overheads.measured:
+        measured = any(isinstance(service, Measured) for service in experiment.testbed.services.values())
+        return ["decisions, codecs and releases cost nothing here: they were not calibrated"] if measured else []
+    timed = {*overheads.decide_s, *experiment.oracles}
+    return [
+        f"{p.label}: decisions cost nothing here: they were not calibrated"
+        for p in experiment.policies
+        if p.label not in timed
+    ]
+
+
+def _check_ours(path: Path) -> None:
+    """InputError when a profile that would be replaced was measured on another machine."""
+    from isthmus.real.profiler import this_machine
+
+    if path.exists() and (there := Profile.load(path).machine).cpu != (here := this_machine("host")).cpu:
+        raise InputError(
+            f"was measured on {there.cpu}, and this is {here.cpu}", where=path, allowed="a label of its own"
+        )
 
 
 def new_folder(experiment: Experiment, world: str) -> Path:
@@ -108,7 +139,8 @@ def simulate(
     out = out or new_folder(experiment, "simulated")
     testbed, cells = experiment.testbed, experiment.cells()
     total = len(cells) * sum(map(len, experiment.spec.draw(experiment.spec.seeds[0]).values()))
-    with RunWriter(out, "simulated", experiment.spec, testbed, oracles=experiment.oracles) as writer:
+    facts = {"oracles": experiment.oracles, "warnings": uncalibrated(experiment)}
+    with RunWriter(out, "simulated", experiment.spec, testbed, **facts) as writer:
         done = 0
         for policy, seed in cells:
             keep = writer.sink(policy.label, seed)
@@ -148,65 +180,86 @@ def run(experiment: Experiment, out: Path | None = None, *, progress: Progress |
     out = out or new_folder(experiment, "emulated")
     testbed, cells = experiment.testbed, experiment.cells()
     total = len(cells) * sum(map(len, experiment.spec.draw(experiment.spec.seeds[0]).values()))
-    warnings: list[str] = []
+    warnings = check_emulation(experiment)
+    wrong: Counter[str] = Counter()
     pressure: dict[str, Any] = {}
     with ExitStack() as stack:
         ray = stack.enter_context(local_ray())
         emulation = stack.enter_context(Emulation(ray, testbed))
         writer = stack.enter_context(RunWriter(out, "emulated", experiment.spec, testbed, oracles=experiment.oracles))
         for number, (policy, seed) in enumerate(cells):
-            before = number * total // len(cells)
-            if progress is not None:
-                progress(before, total, f"{policy.label}: loading parts")
+            told = partial(_told, progress, number * total // len(cells), total, policy.label)
+            told(0)
             emulation.prepare(
                 planned(experiment, policy, seed), {s.node: s.model for s in experiment.spec.workload}, seed
             )
-
-            def decided(
-                request: Request,
-                attempt: int,
-                view: Mapping[str, Any],
-                plan: str,
-                of: tuple[str, int] = (policy.label, seed),
-            ) -> None:
-                row = {
-                    "source": request.source,
-                    "number": request.number,
-                    "attempt": attempt,
-                    "view": view,
-                    "plan": plan,
-                }
-                writer.decision(row, *of)
-
-            def tick(closed: int, before: int = before, label: str = policy.label) -> None:
-                if progress is not None:
-                    progress(before + closed, total, label)
-
             felt = emulation.run_cell(
                 experiment.spec.draw(seed),
                 experiment.make(policy, seed),
-                writer.sink(policy.label, seed),
+                _counting(writer.sink(policy.label, seed), wrong, policy.label),
                 seed=seed,
                 name=policy.label,
                 faults=experiment.spec.faults,
                 drain_s=experiment.spec.drain,
-                decided=decided,
-                tick=tick,
+                decided=partial(writer.decision, policy=policy.label, seed=seed),
+                tick=told,
             )
             pressure[f"{policy.label}/{seed}"] = vars(felt)
             warnings += [f"{policy.label}: {said}" for said in felt.warnings()]
         if progress is not None:
             progress(total, total, "done")
+        warnings += [f"{label}: {count} answers were not the whole model's" for label, count in wrong.items()]
         writer.add_facts(pressure=pressure, warnings=warnings)
     return Run.load(out)
 
 
-def planned(experiment: Experiment, policy: PolicySpec, seed: int) -> set[tuple[Plan, str]]:
-    """The plans that a policy makes in simulation, each with its model."""
-    plans: set[tuple[Plan, str]] = set()
+def _told(progress: Progress | None, before: int, total: int, label: str, closed: int) -> None:
+    if progress is not None:
+        progress(before + closed, total, label)
+
+
+def _counting(sink: Callable[[Record], None], wrong: Counter[str], label: str) -> Callable[[Record], None]:
+    """The sink, which also counts answers that were not the whole model's."""
+
+    def keep(record: Record) -> None:
+        wrong[label] += record.correct is False
+        sink(record)
+
+    return keep
+
+
+def check_emulation(experiment: Experiment) -> list[str]:
+    """Whether this host can emulate the testbed: InputError where it cannot, warnings where it may be hard."""
+    from isthmus.real.profiler import this_machine
+
+    here, said = this_machine("host"), []
+    for name, node in experiment.testbed.nodes.items():
+        where = f"{experiment.where}: nodes.{name}"
+        measured = [s for (n, _), s in experiment.testbed.services.items() if n == name and isinstance(s, Measured)]
+        for service in measured:
+            if (there := service.profile.machine).cpu != here.cpu:
+                raise InputError(
+                    f"its profile was measured on {there.cpu}, and this is {here.cpu}",
+                    where=where,
+                    allowed="an emulated node is this machine, slowed down: calibrate here, or give it a `service`",
+                )
+        if measured and node.slowdown < 1:
+            raise InputError(
+                f"slowdown {node.slowdown:g}", where=where, allowed="at least 1: no host runs faster than itself"
+            )
+        if measured and node.slowdown < 1.5:
+            said.append(
+                f"node {name!r} is only {node.slowdown:g} times slower than this host, which leaves it little slack"
+            )
+    return said
+
+
+def planned(experiment: Experiment, policy: PolicySpec, seed: int) -> set[Plan]:
+    """The plans that a policy makes in simulation."""
+    plans: set[Plan] = set()
 
     def watch(request: Request, attempt: int, view: View, plan: Plan) -> None:
-        plans.add((plan, request.model))
+        plans.add(plan)
 
     simulate_cell(
         experiment.testbed,
@@ -222,11 +275,14 @@ def planned(experiment: Experiment, policy: PolicySpec, seed: int) -> set[tuple[
     return plans
 
 
-def calibrate(experiment: Experiment, *, quick: bool = False, progress: Progress | None = None) -> list[Path]:
-    """Measure what simulating the experiment needs; the files written. `quick` skips the long profile of each block.
+def calibrate(
+    experiment: Experiment, *, quick: bool = False, keep_profiles: bool = False, progress: Progress | None = None
+) -> list[Path]:
+    """Measure what simulating the experiment needs, on this host; the files written.
 
-    Per model of the workload a profile of this host, shifted by what a pilot run at the workload's own rhythm found;
-    and the overheads. All of it is about this host: nodes that take another machine's profile are left alone.
+    Per model of the workload a profile, and what a pilot run finds its parts to cost at the workload's own rhythm;
+    then the overheads. `quick` skips the long profile of each block. `keep_profiles` does the pilot and the overheads
+    anew, with the profiles that there are: half a minute that makes up for a host that is not as fast as it was.
     """
     from isthmus.real.calibrate import measure_overheads, measure_profiles, run_pilot
     from isthmus.real.cluster import local_ray
@@ -242,25 +298,27 @@ def calibrate(experiment: Experiment, *, quick: bool = False, progress: Progress
     sources = {source.model: source for source in experiment.spec.workload}
     written: list[Path] = []
     with local_ray() as ray:
-        if labels:
-            [label] = labels
+        [label] = labels or {""}
+        for model in sources if labels else ():
+            _check_ours(profile_path(experiment.store, model, label))
+        if labels and not keep_profiles:
             models = [bare.models[name] for name in sources]
             for profile in measure_profiles(ray, models, quick=quick, label=label, progress=progress):
                 path = profile_path(experiment.store, profile.model, label)
                 profile.save(path)
-                written.append(path)
         testbed = experiment.build_testbed()
         first = experiment.spec.workload[0]
         policies = {p.label: p.make(0) for p in experiment.policies}
         overheads = measure_overheads(ray, testbed, policies, first.node, first.model, progress)
         late = []
         for source in sources.values():
-            pilot = run_pilot(ray, testbed, source, count=PILOT_REQUESTS, seed=0, progress=progress)
+            pilot = run_pilot(ray, testbed, source, seed=0, progress=progress)
             late.append(pilot.wake_s)
             if labels:
                 path = profile_path(experiment.store, source.model, label)
                 profile = Profile.load(path)
-                shift = pilot.shift_s(testbed.models[source.model], profile)
-                profile.shifted(shift, f"a pilot of {PILOT_REQUESTS} requests at the workload's rhythm").save(path)
+                profile.at_rhythm(pilot.rhythm(testbed.models[source.model], profile)).save(path)
+                written.append(path)
         overheads.model_copy(update={"wake_s": max(late)}).save(experiment.store)
-    return [*written, experiment.store / "overheads.json"]
+    experiment.__dict__.pop("testbed", None)  # it was built from what was measured before
+    return [*dict.fromkeys(written), experiment.store / "overheads.json"]

@@ -110,9 +110,9 @@ def _measure(
             path = out / f"{setting.model}-{uplink}.yaml"
             write_text(path, yaml.safe_dump(setting.experiment(uplink, requests), sort_keys=False))
             experiments[uplink] = Experiment.load(path)
-        calibrate(next(iter(experiments.values())), progress=_named(progress, f"{setting.model}: calibrating"))
-        for uplink, experiment in experiments.items():
+        for number, (uplink, experiment) in enumerate(experiments.items()):
             name = f"{setting.model}, {uplink} uplink"
+            calibrate(experiment, keep_profiles=number > 0, progress=_named(progress, f"{name}: calibrating"))
             folder = out / f"{setting.model}-{uplink}"
             simulated = simulate(experiment, folder / "simulated", progress=_named(progress, f"{name}: simulating"))
             real = run(experiment, folder / "real", progress=_named(progress, f"{name}: running"))

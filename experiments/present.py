@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -39,8 +40,8 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int,
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str | None = None) -> None:
     """A table; columns whose heading ends in `>` are set flush right."""
     made = Table(
-        title=title,
-        caption=caption,
+        title=escape(title),
+        caption=None if caption is None else escape(caption),
         title_justify="left",
         caption_justify="left",
         title_style="bold",
@@ -56,8 +57,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
             no_wrap=column == columns[0],
         )
     for row in rows:
-        made.add_row(*("–" if cell is None else str(cell) for cell in row))
+        made.add_row(*("–" if cell is None else escape(str(cell)) for cell in row))
     console.print(made)
+
+
+def warn(text: str) -> None:
+    messages.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def milliseconds(seconds: float | None) -> str | None:

@@ -28,9 +28,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from isthmus.policies.contract import View
+from isthmus.policies.contract import View, decision_row
 from isthmus.policies.plan import Plan
-from isthmus.policies.records import REQUEST_COLUMNS, SPAN_COLUMNS, Record, request_row, span_rows
+from isthmus.policies.records import REQUEST_COLUMNS, SPAN_COLUMNS, Outcome, Record, request_row, span_rows
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.experiment import ExperimentSpec
 from isthmus.workloads.requests import Request
@@ -153,17 +153,6 @@ class RunWriter:
                 raise RunFailure(f"{self.folder}: cannot be written: {problem.strerror or problem}") from None
 
 
-def decision_row(request: Request, attempt: int, view: View, plan: Plan) -> dict[str, Any]:
-    """One decision as data."""
-    return {
-        "source": request.source,
-        "number": request.number,
-        "attempt": attempt,
-        "view": view.to_data(),
-        "plan": plan.to_json(),
-    }
-
-
 @dataclass(frozen=True)
 class Run:
     """A finished run, read from its folder."""
@@ -200,7 +189,8 @@ class Run:
         """The testbed of the run, with the profiles that it used."""
         spec = self.experiment.testbed
         assert isinstance(spec, TestbedSpec)
-        return Testbed.build(spec, folder=self.folder, where=self.folder / "run.json")
+        used = frozenset(source.model for source in self.experiment.workload)
+        return Testbed.build(spec, folder=self.folder, where=self.folder / "run.json", only_models=used)
 
     @cached_property
     def requests(self) -> pd.DataFrame:
@@ -243,7 +233,7 @@ class Run:
             raise InputError(f"cannot be read: {error}", where=self.folder / name) from None
 
 
-_OUTCOMES = ("completed", "late", "dropped", "failed", "unfinished")
+_OUTCOMES = tuple(outcome.value for outcome in Outcome)
 
 
 def _keep_inputs(store: Path, testbed: Testbed) -> None:
@@ -258,7 +248,7 @@ def _keep_inputs(store: Path, testbed: Testbed) -> None:
 def _resolved(spec: ExperimentSpec, testbed: Testbed) -> ExperimentSpec:
     """The experiment as it can be read from the run folder: profiles beside it, model files by absolute path."""
     models = {
-        n: str(Path(m.source).resolve()) if Path(m.source).exists() else m.source for n, m in testbed.models.items()
+        n: str(Path(m.source).resolve()) if Path(m.source).is_file() else m.source for n, m in testbed.models.items()
     }
     models = {**testbed.spec.models, **models}
     kept = testbed.spec.model_copy(update={"profiles": "profiles", "models": models})

@@ -81,6 +81,17 @@ class View:
         return cls(data["now_s"], data["source"], testbed, links, nodes, truth)
 
 
+def decision_row(request: Request, attempt: int, view: View, plan: Plan) -> dict[str, Any]:
+    """One decision as plain data: what a policy was asked, what it saw, what it answered."""
+    return {
+        "source": request.source,
+        "number": request.number,
+        "attempt": attempt,
+        "view": view.to_data(),
+        "plan": plan.to_json(),
+    }
+
+
 class Policy(Protocol):
     """One signature for every policy. A policy that also has `learn(record)` is told how each request went."""
 

@@ -33,11 +33,12 @@ RETRIES = 1
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Carry out a plan for a request."""
+    """Carry out a plan for a request. `decided`: the policy was asked, and its time is charged."""
 
     request: Request
     attempt: int
     compiled: Compiled
+    decided: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +202,7 @@ class Dispatcher:
         opened.compiled = compiled = self._plan(opened, now_s)
         request = opened.request
         self._estimators.start(request.number, opened.attempt, compiled)
-        actions: list[Action] = [Start(request, opened.attempt, compiled)]
+        actions: list[Action] = [Start(request, opened.attempt, compiled, decided=opened.attempt <= RETRIES + 1)]
         if request.timeout_s is not None:
             actions.append(Timer(now_s + request.timeout_s, request.number, opened.attempt))
         return actions
@@ -214,6 +215,8 @@ class Dispatcher:
         view = self.view(now_s)
         try:
             plan = self.policy.decide(request, view)
+        except InputError as error:
+            raise InputError(error.problem, where=f"policy {self.name!r}", allowed=error.allowed) from error
         except Exception as error:
             raise self._raised(error, request) from error
         try:

@@ -1,7 +1,8 @@
 """The oracle: brute force over every split on the true rates, present and to come. Declared as such.
 
 It knows what a link will carry, and its own work under way; it does not know the spread of single service times, nor
-what other sources will ask for. No policy that decides per request by the same costs can know more.
+what other sources will ask for. It is greedy, one request at a time, so a policy that spares
+a queue for later requests may still do better.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from isthmus.policies.contract import View
 from isthmus.policies.plan import Plan, split, whole_on
 from isthmus.workloads.errors import InputError, unknown
 from isthmus.workloads.requests import Request
-from isthmus.workloads.testbed import Testbed
 
 
 class Local:
@@ -58,11 +57,6 @@ class Random:
         cut = self._generator.choice(self.cuts) if self.cuts else self._generator.integers(len(model.cuts))
         server = servers[int(self._generator.integers(len(servers)))]
         return split(model, (int(cut),), (view.source, server))
-
-
-def reachable(testbed: Testbed, source: str) -> list[str]:
-    """Nodes that the source can send to and hear from, without itself, in the order of the testbed."""
-    return testbed.reachable(source)
 
 
 def server_for(named: str | None, request: Request, view: View) -> str:

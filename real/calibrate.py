@@ -1,8 +1,9 @@
 """Calibration: measuring what a simulation of a testbed has to know, where it will happen and at its rhythm.
 
 Profiles are taken inside an actor. A pilot run then tells what the same parts cost at the rhythm of real requests: a
-part that runs after idling finds cold caches, and costs a constant more than in a profiler's loop. The same pilot
-tells how late answers are released. Knows Ray and the emulation; shows no progress itself.
+part that runs after idling finds cold caches, which costs a constant, and a machine drifts, which is a factor. The
+same pilot tells how single runs scatter, and how late answers are released. Knows Ray and the emulation; shows no
+progress itself.
 """
 
 from __future__ import annotations
@@ -20,22 +21,25 @@ from isthmus.policies.contract import Policy
 from isthmus.policies.dispatch import Answer, Compiler, Dispatcher, Start
 from isthmus.policies.plan import Plan, split
 from isthmus.policies.records import Kind, Record
-from isthmus.policies.static import Random, reachable
+from isthmus.policies.static import Random
 from isthmus.real.cluster import results, start_actor
 from isthmus.real.emulation import Emulation
 from isthmus.real.profiler import profile_model
 from isthmus.workloads.codecs import CODECS
-from isthmus.workloads.fit import fit_line, typical
+from isthmus.workloads.fit import fit_line, fit_rhythm, typical
 from isthmus.workloads.model import Model, Part
 from isthmus.workloads.overheads import CodecCost, Overheads
-from isthmus.workloads.profile import Profile
+from isthmus.workloads.profile import Profile, Rhythm, SessionCost
 from isthmus.workloads.requests import Request, Source
+from isthmus.workloads.service import Measured
 from isthmus.workloads.testbed import Testbed
 
 Progress = Callable[[int, int, str], None]
 
 _SIZES_BYTES = (40_000, 200_000, 800_000)
 _PILOT_CUTS = 6
+_PILOT_S = 25.0
+_PILOT_LEAST, _PILOT_MOST = 60, 400
 _GAP_S = 0.05
 
 
@@ -120,7 +124,7 @@ def measure_profiles(
             running = bench.profile.remote(model, quick, label)
             while not ray.wait([running], timeout=0.5)[0]:
                 if progress is not None:
-                    progress(*ray.get(bench.progress.remote()))
+                    progress(*results(ray, [bench.progress.remote()])[0])
             profiles += results(ray, [running])
     finally:
         ray.kill(bench)
@@ -165,46 +169,59 @@ class Pilot:
     """What a short real run tells: parts at the rhythm of requests, and how late answers are released."""
 
     def __init__(self, testbed: Testbed, records: Sequence[Record]) -> None:
-        self.samples_s: dict[tuple[str, Part], list[float]] = {}
+        self.samples_s: dict[Part, list[float]] = {}
+        self.answered = 0
         lateness = []
         for record in records:
             plan = Plan.from_json(record.plan) if record.plan else None
-            if plan is None or record.end_s is None or record.overruns:
+            if plan is None or record.end_s is None or record.attempts > 1:
                 continue
+            self.answered += 1
             lateness.append(record.end_s - max(span.end_s for span in record.spans))
             for span in record.spans:
                 if span.kind is Kind.COMPUTE:
                     stage = plan.stages[span.stage]
+                    if not isinstance(testbed.service(stage.node, record.model), Measured):
+                        continue
                     cpu_s = (span.end_s - span.start_s) / testbed.nodes[stage.node].slowdown
-                    self.samples_s.setdefault((stage.node, stage.part), []).append(cpu_s)
+                    self.samples_s.setdefault(stage.part, []).append(cpu_s)
         self.wake_s = max(float(np.median(lateness)), 0.0) if lateness else 0.0
 
-    def shift_s(self, model: Model, profile: Profile) -> float:
-        """Seconds that a part costs more than the profile says, whatever its size."""
-        differences = [
-            (float(typical(samples).mean()) - profile.part_s(model, part), len(samples))
-            for (_, part), samples in self.samples_s.items()
+    def rhythm(self, model: Model, profile: Profile) -> Rhythm:
+        """How parts cost in the pilot, against the profiler's loop. InputError if the profile is of another model."""
+        loop = profile.at_rhythm(Rhythm())
+        found = [
+            (loop.part_s(model, part), float(typical(samples).mean()), len(samples))
+            for part, samples in self.samples_s.items()
             if part.model == model.name
         ]
-        if not differences:
-            return 0.0
-        values, weights = zip(*differences, strict=True)
-        return float(np.average(values, weights=weights))
+        scale, shift_s = fit_rhythm([f[0] for f in found], [f[1] for f in found], [f[2] for f in found])
+        said = f"a pilot of {self.answered} requests on {datetime.now(UTC).isoformat(timespec='seconds')}"
+        sessions = tuple(
+            SessionCost(
+                first=span[0],
+                last=span[1],
+                kind="part",
+                load_s=0.0,
+                weights_bytes=model.weights_bytes(part),
+                mean_s=float(np.mean(samples)),
+                samples_s=tuple(round(s, 8) for s in samples),
+            )
+            for part, samples in self.samples_s.items()
+            if part.model == model.name and len(samples) > 1 and (span := model.span_of(part)) is not None
+        )
+        return Rhythm(scale=scale, shift_s=shift_s, provenance=said, sessions=sessions)
 
 
-def run_pilot(
-    ray: Any, testbed: Testbed, source: Source, *, count: int, seed: int, progress: Progress | None = None
-) -> Pilot:
-    """A real run of `count` requests at the source's own rate, with cuts and servers drawn at random."""
+def run_pilot(ray: Any, testbed: Testbed, source: Source, *, seed: int, progress: Progress | None = None) -> Pilot:
+    """A real run at the source's own rhythm for half a minute or so, with cuts and servers drawn at random."""
     model = testbed.models[source.model]
     last = len(model.blocks)
     cuts = tuple(int(c) for c in np.unique(np.linspace(0, last, _PILOT_CUTS).round()))
-    plans = [
-        (split(model, (cut,), (source.node, server)), model.name)
-        for server in reachable(testbed, source.node)
-        for cut in cuts
-    ]
-    requests = source.model_copy(update={"requests": count, "duration": None}).draw(seed)
+    plans = [split(model, (cut,), (source.node, server)) for server in testbed.reachable(source.node) for cut in cuts]
+    most = source.model_copy(update={"requests": _PILOT_MOST, "duration": None, "timeout": None}).draw(seed)
+    requests = [r for r in most if r.number < _PILOT_LEAST or r.arrival_s < _PILOT_S]
+    count = len(requests)
     records: list[Record] = []
     with Emulation(ray, testbed) as emulation:
         emulation.prepare(plans, {source.node: model.name}, seed)

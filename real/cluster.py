@@ -12,6 +12,10 @@ from typing import Any
 from isthmus.workloads.errors import IsthmusError, RunFailure
 
 
+class ActorGone(RunFailure):
+    """An actor died."""
+
+
 @contextmanager
 def local_ray() -> Iterator[Any]:
     """Ray on this machine. One that already runs in this process is used, and left running.
@@ -65,5 +69,7 @@ def results(ray: Any, references: list[Any], timeout_s: float = 600) -> list[Any
         if isinstance(error.cause, IsthmusError):
             raise error.cause from None
         raise RunFailure(f"an actor failed: {error.cause or error}") from error
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-        raise RunFailure(f"an actor is gone or does not answer: {error}") from error
+    except ray.exceptions.RayActorError as error:
+        raise ActorGone(f"an actor is gone: {error}") from error
+    except ray.exceptions.GetTimeoutError:
+        raise RunFailure(f"an actor has not answered for {timeout_s:g} s") from None

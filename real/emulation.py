@@ -14,13 +14,12 @@ from itertools import count
 from typing import Any
 
 from isthmus.policies.contract import Policy
-from isthmus.policies.dispatch import PolicyFailure
 from isthmus.policies.plan import Plan
 from isthmus.policies.records import Outcome, Record
-from isthmus.real.cluster import results, start_actor
+from isthmus.real.cluster import ActorGone, results, start_actor
 from isthmus.real.node import Cell, NodeServer
 from isthmus.real.pressure import cores, stalled_share
-from isthmus.workloads.errors import RunFailure, unknown
+from isthmus.workloads.errors import unknown
 from isthmus.workloads.faults import NodeFault
 from isthmus.workloads.model import Part
 from isthmus.workloads.requests import Request
@@ -89,15 +88,16 @@ class Emulation:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def prepare(self, plans: Iterable[tuple[Plan, str]], sources: Mapping[str, str], seed: int) -> None:
+    def prepare(self, plans: Iterable[Plan], sources: Mapping[str, str], seed: int) -> None:
         """Load and warm what these plans need, and the answers that `sources` (node: model) compare with."""
+        self._heal()
         wanted: dict[str, set[Part]] = defaultdict(set)
-        for plan, _ in plans:
+        for plan in plans:
             for stage in plan.stages:
                 wanted[stage.node].add(stage.part)
         parts = {node: frozenset(wanted[node]) for node in self._actors}
         ready = [
-            self._actors[node].load.remote(sorted(parts[node], key=lambda p: p.layers))
+            self._actors[node].load.remote(sorted(parts[node], key=_order))
             for node in self._actors
             if self._loaded.get(node) != parts[node]
         ]
@@ -118,7 +118,7 @@ class Emulation:
         name: str = "policy",
         faults: Sequence[NodeFault] = (),
         drain_s: float = 60.0,
-        decided: Callable[[Request, int, Mapping[str, Any], str], None] | None = None,
+        decided: Callable[[Mapping[str, Any]], None] | None = None,
         tick: Callable[[int], None] | None = None,
     ) -> Pressure:
         """Run one policy's requests in real time; `sink` gets each record soon after it was closed.
@@ -141,6 +141,16 @@ class Emulation:
             driving.start(source)
         return driving.drive()
 
+    def _heal(self) -> None:
+        """Fresh actors for nodes that are gone, so that a fault of one cell does not reach into the next."""
+        self.died()
+        if missing := [node for node in self.testbed.nodes if node not in self._actors]:
+            for node in missing:
+                self._loaded.pop(node, None)
+                self._answers.pop(node, None)
+                self._start(node)
+            self._introduce()
+
     # For a cell under way
 
     def kill(self, node: str) -> None:
@@ -151,7 +161,7 @@ class Emulation:
     def revive(self, node: str, cell: Cell) -> None:
         """A fresh actor for a node, with the same parts resident, in the cell under way."""
         actor = self._start(node)
-        self._get([actor.load.remote(sorted(self._loaded.get(node, ()), key=lambda p: p.layers))])
+        self._get([actor.load.remote(sorted(self._loaded.get(node, ()), key=_order))])
         if node in self._answers:
             self._get([actor.prepare_answers.remote(*self._answers[node])])
         self._introduce()
@@ -172,11 +182,9 @@ class Emulation:
         if node not in self._actors:
             return None
         try:
-            return self.ray.get(getattr(self._actors[node], method).remote(*arguments), timeout=_PATIENCE_S)
-        except self.ray.exceptions.RayActorError:
+            return results(self.ray, [getattr(self._actors[node], method).remote(*arguments)], _PATIENCE_S)[0]
+        except ActorGone:
             return None
-        except self.ray.exceptions.GetTimeoutError:
-            raise RunFailure(f"the actor of {node!r} has not answered for {_PATIENCE_S} s") from None
 
     @property
     def alive(self) -> list[str]:
@@ -194,6 +202,10 @@ class Emulation:
         return results(self.ray, references)
 
 
+def _order(part: Part) -> tuple[str, int]:
+    return part.model, part.layers
+
+
 class _Driving:
     """One cell under way, seen from the driver."""
 
@@ -206,11 +218,12 @@ class _Driving:
         sink: Callable[[Record], None],
         faults: Sequence[NodeFault],
         drain_s: float,
-        decided: Callable[[Request, int, Mapping[str, Any], str], None] | None,
+        decided: Callable[[Mapping[str, Any]], None] | None,
         tick: Callable[[int], None] | None,
     ) -> None:
         self.emulation, self.cell, self.requests, self.policies = emulation, cell, requests, policies
-        self.sink, self.drain_s, self.decided, self.tick = sink, drain_s, decided, tick
+        self.sink, self.decided, self.tick = sink, decided, tick
+        self.end_s = max((r[-1].arrival_s for r in requests.values() if r), default=0.0) + drain_s
         self.closed: dict[str, set[int]] = {source: set() for source in requests}
         self.running: set[str] = set()
         self.overruns = 0
@@ -222,16 +235,19 @@ class _Driving:
         for request in self._open(source):
             if request.arrival_s < after_s:
                 self._keep(_lost(request, Outcome.FAILED, f"source {source} down"))
-        self.emulation.call(source, "start", self._open(source), self.policies[source], self.drain_s)
+        self.emulation.call(source, "start", self._open(source), self.policies[source], self.end_s)
         self.running.add(source)
+        for node in self.emulation.testbed.nodes:
+            if node not in self.emulation.alive:
+                self.emulation.call(source, "node_is", node, False)
 
     def drive(self) -> Pressure:
         try:
-            while self.running or any(up and node in self.requests for _, node, up in self.events):
+            while self.running or any(up and node in self.requests and self._open(node) for _, node, up in self.events):
                 self._play_faults()
                 self._notice_deaths()
-                for source in list(self.running):
-                    self._collect(source)
+                for node in self.emulation.alive:
+                    self._collect(node)
                 if self.tick is not None:
                     self.tick(sum(map(len, self.closed.values())))
                 due = [self.events[0][0] - self._now_s] if self.events else []
@@ -264,6 +280,7 @@ class _Driving:
             _, node, up = self.events.pop(0)
             if not up:
                 if node in self.emulation.alive:
+                    self._collect(node)  # what it had closed before it goes
                     self.emulation.kill(node)
                     self._notice_deaths()
             elif node not in self.emulation.alive:
@@ -282,20 +299,19 @@ class _Driving:
         for source in self.running:
             self.emulation.call(source, "node_is", node, up)
 
-    def _collect(self, source: str) -> None:
-        collected = self.emulation.call(source, "collect")
+    def _collect(self, node: str) -> None:
+        collected = self.emulation.call(node, "collect")
         if collected is None:
             return  # it is gone: `died` says so next time
         if collected.failure is not None:
-            kind = PolicyFailure if collected.failure.startswith("policy ") else RunFailure
-            raise kind(collected.failure)
+            raise collected.failure
         for record in collected.records:
             self._keep(record)
         if self.decided is not None:
             for decision in collected.decisions:
-                self.decided(*decision)
+                self.decided(decision)
         if collected.done:
-            self.running.discard(source)
+            self.running.discard(node)
 
     def _give_up(self, outcome: Outcome, reason: str) -> None:
         """Every request has an outcome, also those that nobody can speak for any more."""

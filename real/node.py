@@ -5,7 +5,7 @@ Knows ONNX Runtime sessions, the dispatcher and its peers' handles; nothing of h
 Three threads, each with calls in order of emulated time, and a pool that computes:
 
     compute  runs parts as soon as their tensors are here, ahead of emulated time where it can
-    commit   in order of delivery, decides when each part began and ended on the emulated hardware
+    commit   in order of emulated time, decides when each part began and ended on the emulated hardware
     send     in order of emulated time, works out when the link delivers a message, and passes it on at once
     source   arrivals, answers and timers of a node where requests arise, and its dispatcher
 
@@ -20,7 +20,7 @@ import gc
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from isthmus.policies.contract import Policy, View, is_oracle
+from isthmus.policies.contract import Policy, View, decision_row, is_oracle
 from isthmus.policies.dispatch import Action, Answer, Close, Compiler, Dispatcher, Start, Timer
 from isthmus.policies.plan import Compiled, Message, Plan
 from isthmus.policies.records import Kind, Record, Span
@@ -36,6 +36,7 @@ from isthmus.real.pressure import Usage, usage
 from isthmus.real.session import Array, PartSession, random_input, random_tensors
 from isthmus.real.timeline import Clock, Timeline
 from isthmus.workloads.codecs import codec
+from isthmus.workloads.errors import IsthmusError, RunFailure
 from isthmus.workloads.model import Part, model_proto
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.requests import Request
@@ -96,9 +97,10 @@ class Collected:
     """What a source hands over now and then."""
 
     records: list[Record]
-    decisions: list[tuple[Request, int, dict[str, Any], str]]
+    decisions: list[dict[str, Any]]
+    """As `decision_row` makes them."""
     done: bool
-    failure: str | None
+    failure: BaseException | None
 
 
 class NodeServer:
@@ -108,7 +110,6 @@ class NodeServer:
         self._sessions: dict[Part, PartSession] = {}
         self._references: dict[str, list[tuple[Tensors, Tensors]]] = {}
         self._peers: dict[str, Any] = {}
-        self._pool = ThreadPoolExecutor(self.node.slots, thread_name_prefix="compute")
         self._cell: _Cell | None = None
         self._gone = threading.Event()
 
@@ -143,13 +144,13 @@ class NodeServer:
         gc.freeze()  # a collection of what is here for good would take 13-20 ms in the middle of a run
         self._cell = _Cell(self, cell)
 
-    def start(self, requests: Sequence[Request], policy: Policy, drain_s: float) -> None:
-        """Requests will arise here, under this policy."""
+    def start(self, requests: Sequence[Request], policy: Policy, end_s: float) -> None:
+        """Requests will arise here, under this policy; what is open at `end_s` stays unfinished."""
         assert self._cell is not None
-        self._cell.start(requests, policy, drain_s)
+        self._cell.start(requests, policy, end_s)
 
     def collect(self) -> Collected:
-        """What was closed since the last call."""
+        """What was closed since the last call, and whether something went wrong."""
         assert self._cell is not None
         return self._cell.collect()
 
@@ -179,7 +180,10 @@ class NodeServer:
         """A message, ahead of the time at which its link delivers it."""
         cell = self._cell
         if cell is not None and cell.cell.id == letter.cell:
-            cell.delivered(letter, arrays)
+            try:
+                cell.delivered(letter, arrays)
+            except Exception as error:  # the sender does not wait for an answer, so the driver has to hear of it
+                cell.failed(error)
 
     # For the cell
 
@@ -187,8 +191,7 @@ class NodeServer:
         """A part, and the CPU seconds that loading it took just now: 0 where it is resident."""
         if part in self._sessions:
             return self._sessions[part], 0.0
-        session = self._warm(part, None)
-        self._sessions[part] = session
+        session = self._sessions[part] = PartSession(self.testbed.models[part.model], part)
         return session, session.load_s
 
     def _warm(self, part: Part, proto: Any) -> PartSession:
@@ -204,10 +207,21 @@ class NodeServer:
         return self._references[request.model][request.number % PAYLOADS]
 
     def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None:
-        self._peers[node].deliver.remote(letter, *arrays)
+        """Pass a message on. One to a node that is gone is lost; its dispatcher learns of it from the driver."""
+        peer = self._peers.get(node)
+        if peer is not None:
+            peer.deliver.remote(letter, *arrays)
 
-    def compute(self, run: Callable[[], Any]) -> Future[Any]:
-        return self._pool.submit(run)
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A stage that has all its tensors: what the pool computes, and what is needed to send the result on."""
+
+    compiled: Compiled
+    stage: int
+    letter: Letter
+    gathered: _Gathering
+    result: Future[tuple[Tensors, float, float]]
 
 
 class _Cell:
@@ -217,16 +231,18 @@ class _Cell:
         self.server, self.cell = server, cell
         self.name, self.testbed, self.slowdown = server.name, server.testbed, server.node.slowdown
         self.clock = Clock(cell.epoch)
-        self.failure: str | None = None
+        self.failure: BaseException | None = None
         self._compile = Compiler(self.testbed)
-        self._free_s = [0.0] * server.node.slots
+        self._idle_since_s = [0.0] * server.node.slots  # of the slots that are free on the emulated hardware
+        self._waiting: deque[_Job] = deque()
         self._transmitters = {i: Transmitter(link) for i, link in self.testbed.links.items() if i[0] == self.name}
         self._gathering: dict[tuple[str, int, int, int], _Gathering] = {}
         self._lock = threading.Lock()
         self._noise: dict[str, Uniforms] = {}
-        self._commit = Timeline(self.clock, "commit", self._failed)
-        self._send = Timeline(self.clock, "send", self._failed)
-        self._source = Timeline(self.clock, "source", self._failed)
+        self._pool = ThreadPoolExecutor(server.node.slots, thread_name_prefix="compute")
+        self._commit = Timeline(self.clock, "commit", self.failed)
+        self._send = Timeline(self.clock, "send", self.failed)
+        self._source = Timeline(self.clock, "source", self.failed)
         self._dispatcher: Dispatcher | None = None
         self._charge_decisions = True
         self._records: deque[Record] = deque()
@@ -234,17 +250,22 @@ class _Cell:
         self._left = 0
         self._before = usage()
 
-    def _failed(self, error: BaseException) -> None:
-        self.failure = self.failure or f"{error}" or type(error).__name__
+    def failed(self, error: BaseException) -> None:
+        """Remember the first thing that went wrong, for the driver to raise."""
+        known = isinstance(error, IsthmusError)
+        said = error if known else RunFailure(f"node {self.name!r} failed: {type(error).__name__}: {error}")
+        self.failure = self.failure or said
 
     def close(self) -> Usage:
+        used = usage() - self._before  # before threads end, and take their counters with them
         for timeline in (self._source, self._commit, self._send):
             timeline.close()
-        return usage() - self._before
+        self._pool.shutdown(cancel_futures=True)
+        return used
 
     # The source of requests and its dispatcher: all on the source thread
 
-    def start(self, requests: Sequence[Request], policy: Policy, drain_s: float) -> None:
+    def start(self, requests: Sequence[Request], policy: Policy, end_s: float) -> None:
         self._dispatcher = Dispatcher(
             self.name, policy, self.testbed, self._compile, name=self.cell.name, watch=self._decided
         )
@@ -252,8 +273,7 @@ class _Cell:
         self._left = len(requests)
         for request in requests:
             self._source.at(request.arrival_s, partial(self._arrive, request))
-        if requests:
-            self._source.at(requests[-1].arrival_s + drain_s, self._end)
+        self._source.at(end_s, self._end)
 
     def _decided(self, request: Request, attempt: int, view: View, plan: Plan) -> None:
         self._decisions.append((request, attempt, view, plan))  # made into data later, off the clock
@@ -278,7 +298,8 @@ class _Cell:
         self._source.at(self.clock.now_s, tell)
 
     def _carry_out(self, actions: Sequence[Action], since_s: float, thought_s: float) -> None:
-        """`thought_s` of CPU time went into the actions, since that time."""
+        """`thought_s` of CPU time went into the actions together, since that time."""
+        thought_s /= max(sum(isinstance(action, Start) for action in actions), 1)
         for action in actions:
             match action:
                 case Start():
@@ -290,7 +311,7 @@ class _Cell:
                     self._left -= 1
 
     def _begin(self, action: Start, since_s: float, thought_s: float) -> None:
-        begin_s = since_s + (thought_s * self.slowdown if self._charge_decisions else 0.0)
+        begin_s = since_s + (thought_s * self.slowdown if self._charge_decisions and action.decided else 0.0)
         request = action.request
         letter = Letter(
             cell=self.cell.id,
@@ -326,9 +347,7 @@ class _Cell:
 
     def collect(self) -> Collected:
         done = self._left == 0  # read first: what closed the last request is in the queue by then
-        decisions = [
-            (r, attempt, view.to_data(), plan.to_json()) for r, attempt, view, plan in _drained(self._decisions)
-        ]
+        decisions = [decision_row(*decision) for decision in _drained(self._decisions)]
         return Collected(_drained(self._records), decisions, done, self.failure)
 
     # Messages
@@ -387,7 +406,7 @@ class _Cell:
         tensors: dict[str, Array] = {}
         rest = list(arrays)
         for name, c in zip(message.tensors, message.codecs, strict=True):
-            parts = tuple(rest.pop(0) for _ in range(2 if c == "int8" else 1))
+            parts = tuple(rest.pop(0) for _ in range(codec(c).arrays))
             tensors[name] = codec(c).decode(parts, np.dtype(compiled.model.tensors[name].dtype))
         ready_s = letter.deliver_at_s
         if letter.plan.codecs:
@@ -412,9 +431,8 @@ class _Cell:
         if stage == -1:
             self._source.at(gathering.ready_s, partial(self._answered, letter, gathering))
             return
-        part = compiled.plan.stages[stage].part
-        result = self.server.compute(partial(self._compute, part, gathering.tensors))
-        self._commit.at(gathering.ready_s, partial(self._computed, compiled, stage, letter, gathering, result))
+        result = self._pool.submit(self._compute, compiled.plan.stages[stage].part, gathering.tensors)
+        self._commit.at(gathering.ready_s, partial(self._ready, _Job(compiled, stage, letter, gathering, result)))
 
     def _compute(self, part: Part, tensors: Tensors) -> tuple[Tensors, float, float]:
         """On the compute pool: outputs, CPU seconds, CPU seconds of loading."""
@@ -422,33 +440,49 @@ class _Cell:
         outputs, cpu_s = session.timed(tensors)
         return outputs, cpu_s, load_s
 
-    def _computed(
-        self,
-        compiled: Compiled,
-        stage: int,
-        letter: Letter,
-        gathered: _Gathering,
-        result: Future[tuple[Tensors, float, float]],
-    ) -> None:
-        """On the commit thread, in order of delivery: when it would have run on the emulated hardware."""
-        outputs, cpu_s, load_s = result.result()
-        slot = min(range(len(self._free_s)), key=self._free_s.__getitem__)
-        start_s = max(gathered.ready_s, self._free_s[slot])
+    # Emulated slots, all on the commit thread
+
+    def _ready(self, job: _Job) -> None:
+        """A job is due. Jobs become due in order, so the queue is FIFO."""
+        self._waiting.append(job)
+        self._fill_slots()
+
+    def _slot_free(self, since_s: float) -> None:
+        self._idle_since_s.append(since_s)
+        self._fill_slots()
+
+    def _fill_slots(self) -> None:
+        while self._waiting and self._idle_since_s:
+            job = self._waiting.popleft()
+            idle_s = min(self._idle_since_s)
+            self._idle_since_s.remove(idle_s)
+            start_s = max(job.gathered.ready_s, idle_s)
+            # The host may still be computing; the other slots do not wait for it.
+            job.result.add_done_callback(partial(self._result_is_there, job, start_s))
+
+    def _result_is_there(self, job: _Job, start_s: float, result: Future[Any]) -> None:
+        if not result.cancelled():
+            self._commit.at(start_s, partial(self._computed, job, start_s))
+
+    def _computed(self, job: _Job, start_s: float) -> None:
+        """A job began at that time on the emulated hardware, and the host has its result: when does it end there?"""
+        letter, stage = job.letter, job.stage
+        outputs, cpu_s, load_s = job.result.result()
         loaded_s = start_s + load_s * self.slowdown
-        end_s = loaded_s + self._service_s(compiled, stage, letter, cpu_s)
-        now, overruns = self.clock.now_s, gathered.overruns
+        end_s = loaded_s + self._service_s(job.compiled, stage, letter, cpu_s)
+        now, overruns = self.clock.now_s, job.gathered.overruns
         if now > end_s:
             end_s, overruns = now, overruns + 1
-        self._free_s[slot] = end_s
+        self._commit.at(end_s, partial(self._slot_free, end_s))
         spans = (
-            *gathered.spans.values(),
-            *_took(Kind.WAIT, self.name, gathered.ready_s, start_s, letter.attempt, stage),
+            *job.gathered.spans.values(),
+            *_took(Kind.WAIT, self.name, job.gathered.ready_s, start_s, letter.attempt, stage),
             *_took(Kind.LOAD, self.name, start_s, loaded_s, letter.attempt, stage),
             *_took(Kind.COMPUTE, self.name, loaded_s, end_s, letter.attempt, stage),
         )
         if self._dispatcher is not None and letter.source == self.name:
             self._source.at(end_s, partial(self._stage_done, letter, stage, end_s))
-        self._send_all(compiled, stage, replace(letter, spans=spans, overruns=overruns), outputs, end_s)
+        self._send_all(job.compiled, stage, replace(letter, spans=spans, overruns=overruns), outputs, end_s)
 
     def _stage_done(self, letter: Letter, stage: int, at_s: float) -> None:
         assert self._dispatcher is not None

@@ -266,7 +266,7 @@ def _profile(
     return Profile(
         model=model.name,
         sha256=model.sha256,
-        machine=_machine(label),
+        machine=this_machine(label),
         backend="onnxruntime",
         backend_version=ort.__version__,
         provider=PROVIDER,
@@ -281,7 +281,7 @@ def _profile(
     )
 
 
-def _machine(label: str) -> Machine:
+def this_machine(label: str) -> Machine:
     """This machine, with the processor's name from Linux where that tells it."""
     cpu = platform.processor() or platform.machine()
     try:

@@ -121,10 +121,17 @@ class _Simulation:
                 self._at(fault.up, partial(self._node_is, fault.node, up=True))
 
     def run(self) -> None:
-        if self._left:
-            self.env.run(until=self.env.any_of([self._over, self.env.timeout(self._end_s)]))
+        try:
+            if self._left:
+                self.env.run(until=self.env.any_of([self._over, self.env.timeout(self._end_s)]))
+        except KeyboardInterrupt:
+            self._close_all("interrupted")
+            raise
+        self._close_all("run ended")
+
+    def _close_all(self, reason: str) -> None:
         for dispatcher in self.dispatchers.values():
-            self.carry_out(dispatcher, dispatcher.end(self.env.now))
+            self.carry_out(dispatcher, dispatcher.end(self.env.now, reason=reason))
 
     def carry_out(self, dispatcher: Dispatcher, actions: list[Action]) -> None:
         for action in actions:
@@ -186,7 +193,8 @@ class _Execution:
 
     def begin(self) -> None:
         request = self.action.request
-        decide_s = self.world.durations[request.source].decide_s(request, self.action.attempt)
+        durations = self.world.durations[request.source]
+        decide_s = durations.decide_s(request, self.action.attempt) if self.action.decided else 0.0
         now = self.world.env.now
         self._took(Kind.DECIDE, request.source, now, now + decide_s, -1)
         self.world.after(decide_s, partial(self._send_all, -1))

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import yaml
+from onnx import TensorProto, helper, numpy_helper
 
+from isthmus.experiments.run_folder import Run
 from isthmus.real.profiler import profile_model
 from isthmus.workloads.model import load_model
 
@@ -203,11 +209,67 @@ def test_output_that_cannot_be_written(place):
     fails(isthmus("simulate", "experiment.yaml", "--out", "taken/run", cwd=place), 1, "taken")
 
 
-def test_a_model_with_no_cut_still_runs_whole(place, diamond):
-    """Between the ends of the diamond nothing crosses alone but the stem: cuts are few, and never required."""
-    (place / "net.onnx").write_bytes(diamond.read_bytes())
+def test_a_model_with_no_cut(place):
+    """It runs whole, in one place or the other, and whoever wants to cut it is told that there is no cut."""
+    weight = numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "w")
+    nodes = [helper.make_node("Conv", ["x", "w"], [out], pads=[1, 1, 1, 1]) for out in ("left", "right")]
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("Add", ["left", "right"], ["y"])],
+        "uncut",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 16, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 16, 16])],
+        [weight],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), place / "net.onnx")
     done = isthmus("simulate", "experiment.yaml", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
+    [line] = done.stderr.strip().splitlines()
+    assert "no cut" in line
+    assert "net" in line
+    write(place, changed(policies=[{"fixed": {"cut": 3}}]))
+    done = isthmus("simulate", "experiment.yaml", cwd=place)
+    assert done.returncode == 2
+    assert "'net' has no cut 3 (allowed: 0 to 1)" in done.stderr
+
+
+def test_calibrate_and_simulate_what_was_measured(place):
+    """From nothing to a simulation on this machine's own figures, with a model of one's own."""
+    write(place, changed(testbed__nodes={"device": {"slowdown": 10}, "cloud": {"slowdown": 2}}))
+    done = isthmus("calibrate", "experiment.yaml", "--quick", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert (place / "profiles/net@host.json").exists()
+    overheads = json.loads(done.stdout)["overheads"]
+    assert overheads["decide_s"].keys() == {"local", "remote", "least-delay"}
+    assert all(seconds > 0 for seconds in overheads["decide_s"].values())
+    done = isthmus("simulate", "experiment.yaml", "--out", "sim", cwd=place)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((place / "sim/run.json").read_text())
+    assert facts["services"]["device/net"]["provenance"].startswith("scaled ×10 from host")
+
+
+def test_ctrl_c_keeps_what_there_is(place):
+    """Every request has an outcome, and the run says that it was interrupted."""
+    write(place, changed(workload__0__requests=2000))
+    command = [sys.executable, "-c", "from isthmus.experiments.cli import main; main()", "run", "experiment.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / ".src")}
+    running = subprocess.Popen(
+        [*command, "--policy", "local", "--out", "real"],
+        cwd=place, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    parts = place / "real"
+    deadline = time.monotonic() + 60
+    while not (parts / "decisions.jsonl.partial").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(5)
+    os.kill(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    made = Run.load(parts)
+    assert made.facts["status"] == "interrupted"
+    outcomes = made.requests["outcome"].value_counts()
+    assert outcomes["completed"] > 0
+    assert outcomes["unfinished"] > 0
+    assert len(made.requests) == 2000
 
 
 def test_lists(place):
@@ -217,3 +279,17 @@ def test_lists(place):
     assert [c["cut"] for c in cuts] == list(range(7))
     found = json.loads(isthmus("policies", "--json", cwd=place).stdout)
     assert {p["name"]: p["oracle"] for p in found}["oracle"] is True
+
+
+@pytest.mark.slow
+def test_the_demo(place):
+    """The whole main job on this machine. How far apart the worlds are is judged by `isthmus bench fidelity`."""
+    done = isthmus("demo", "--requests", "10", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert len(data["rows"]) == 12
+    assert {row["link"] for row in data["rows"]} == {"constant", "changing"}
+    for folder in ("constant", "changing"):
+        real = Run.load(place / f"runs/demo/squeezenet-{folder}/real")
+        assert real.requests["correct"].all()
+    assert "<html" in Path(place / data["report"]).read_text()[:1000]

@@ -22,6 +22,7 @@ from isthmus.policies.dispatch import RETRIES, Answer, Close, Compiler, Dispatch
 from isthmus.policies.plan import Plan, Stage, split, whole_on
 from isthmus.policies.records import Kind, Outcome, Span
 from isthmus.policies.static import Fixed, Local, Remote
+from isthmus.workloads.errors import InputError
 from isthmus.workloads.model import Part
 from isthmus.workloads.requests import Request
 
@@ -220,8 +221,6 @@ class BadPupil(Local):
         (Saying(["cloud"]), "policy 'it' gave an impossible plan for request 7: .* not with list"),
         (Saying(Plan((Stage("moon", Part("chain", 63)),))), "impossible plan for request 7: stage 0: unknown node"),
         (Saying(Plan(([1],))), "impossible plan for request 7: stage 0 is not a Stage"),
-        (Fixed(99), "raised on request 7: InputError: 'chain' has no cut 99"),
-        (Remote("moon"), "raised on request 7: InputError: unknown node 'moon'"),
         (BadPupil(), "policy 'it' raised on request 7: ZeroDivisionError: of hope"),
     ],
 )
@@ -231,6 +230,15 @@ def test_a_policy_that_fails_ends_the_run_in_one_line(testbed, policy, said):
         it.arrive(request(7), 1.0)
         it.answer(7, 1, Answer(), 2.0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [(Fixed(99), "policy 'it': 'chain' has no cut 99"), (Remote("moon"), "policy 'it': unknown node 'moon'")],
+)
+def test_wrong_arguments_of_a_policy_are_wrong_input(testbed, policy, said):
+    with pytest.raises(InputError, match=said):
+        dispatcher_for(testbed, policy).arrive(request(7), 1.0)
 
 
 class Clairvoyant(Oracle, Noting):

@@ -11,9 +11,9 @@ import pytest
 
 from isthmus.real.profiler import fit_profile, profile_model, profile_spans
 from isthmus.workloads.errors import InputError, RunFailure
-from isthmus.workloads.fit import fit_blocks, fit_line, session_means, typical
+from isthmus.workloads.fit import fit_blocks, fit_line, fit_rhythm, session_means, typical
 from isthmus.workloads.model import Model, Part, load_model
-from isthmus.workloads.profile import Profile, SessionCost
+from isthmus.workloads.profile import Profile, Rhythm, SessionCost
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +116,23 @@ def test_residuals_are_of_a_session_as_long(model):
         profile.span_s()[0, 1] = 1
 
 
-def test_a_shifted_profile_moves_every_session_also_after_use(model):
-    profile, _ = synthetic(model)
+def test_a_rhythm_scales_and_shifts_every_part_and_replaces_the_one_before(model):
+    profile = profile_model(model, quick=True, rounds=1, runs=1, pace_s=0)
     before = profile.span_s()
-    shifted = profile.shifted(1e-4, "a pilot")
-    inner = np.triu(np.ones_like(before, dtype=bool), k=1)
-    np.testing.assert_allclose(shifted.span_s()[inner], before[inner] + 1e-4)
-    assert shifted.provenance.endswith("+100 µs per session by a pilot")
-    assert profile.shifted(-1.0, "nothing left").session_s == 0
+    paced = profile.at_rhythm(Rhythm(scale=3.0, shift_s=1.0)).at_rhythm(Rhythm(scale=0.5, shift_s=1e-4))
+    inner = np.triu(before, k=1) > 0
+    np.testing.assert_allclose(paced.span_s()[inner], 0.5 * before[inner] + 1e-4)
+    assert not paced.span_s()[~inner].any()
+    assert paced.part_s(model, model.whole()) == paced.span_s()[0, -1]
+    assert paced.sessions == profile.sessions
+
+
+def test_the_rhythm_is_found_from_times_in_a_run():
+    loop = [1.0, 2.0, 4.0, 8.0]
+    scale, shift = fit_rhythm(loop, [0.9 * t + 0.2 for t in loop], [10, 20, 10, 5])
+    assert (scale, shift) == (pytest.approx(0.9), pytest.approx(0.2))
+    assert fit_rhythm([1.0, 1.1], [2.0, 2.2], [1, 1]) == (pytest.approx(2.0), 0.0)
+    assert fit_rhythm([], [], []) == (1.0, 0.0)
 
 
 def test_the_file_is_the_profile(model, quick, tmp_path):

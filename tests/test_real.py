@@ -36,7 +36,7 @@ def poisson(model: str, count: int, rate: float = 25.0) -> list[Request]:
 @dataclass
 class Ran:
     records: list[Record]
-    decisions: list[tuple[Request, int, dict[str, Any], str]]
+    decisions: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def emulate(ray: Any) -> Callable[..., Ran]:
                 {"device": policy},
                 ran.records.append,
                 seed=1,
-                decided=lambda *decision: ran.decisions.append(decision),
+                decided=ran.decisions.append,
                 **more,
             )
         return ran
@@ -71,8 +71,9 @@ def test_the_same_policy_in_both_worlds(name, synthetic, emulate, play):
     fresh = spec(name).make(1)
     truth = Truth({i: link.rate for i, link in testbed.links.items()}) if name == "oracle" else None
     assert len(ran.decisions) == 40
-    for request, _, view, plan in ran.decisions:
-        assert fresh.decide(request, View.from_data(view, testbed.nominal, truth)) == Plan.from_json(plan)
+    for row in ran.decisions:
+        view = View.from_data(row["view"], testbed.nominal, truth)
+        assert fresh.decide(requests[row["number"]], view) == Plan.from_json(row["plan"])
 
     simulated = {r.number: r for r in play(testbed, lambda: spec(name).make(1), {"device": requests})}
     assert simulated.keys() == {r.number for r in ran.records}

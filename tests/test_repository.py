@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +36,13 @@ def test_the_example_is_the_readmes_and_fits_the_schema():
     assert [p.label for p in Experiment.load(ROOT / "examples/camera.yaml").policies]
 
 
+def test_the_readmes_policy_keeps_the_contract(tmp_path, monkeypatch):
+    [code] = re.findall(r"```python\n# mine.py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "readme_policy.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    isthmus.check_policy(importlib.import_module("readme_policy").Cautious)
+
+
 @pytest.mark.parametrize("model", SETTINGS)
 @pytest.mark.parametrize("uplink", ["constant", "changing"])
 def test_the_settings_of_the_benchmark_are_experiments(model, uplink):
@@ -55,6 +64,15 @@ def test_rooms_refuse_their_bare_names(room):
     assert f"isthmus.{room}" in done.stderr
 
 
-def test_simulating_needs_no_ray():
-    code = "import sys, isthmus; isthmus.simulate, isthmus.compare, isthmus.Experiment; sys.exit('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / ".src")}, cwd="/").returncode == 0
+def test_simulating_needs_no_ray(tmp_path, chain):
+    code = (
+        "import sys, isthmus, yaml\n"
+        f"testbed = {{'models': {{'net': {str(chain)!r}}}, 'nodes': {{'device': {{'service': {{'mean': '5ms'}}}}}}}}\n"
+        "arrivals = {'kind': 'periodic', 'rate': '5/s'}\n"
+        "workload = [{'node': 'device', 'model': 'net', 'arrivals': arrivals, 'requests': 3}]\n"
+        "experiment = isthmus.Experiment.of({'testbed': testbed, 'workload': workload, 'policies': ['local']})\n"
+        "assert len(isthmus.simulate(experiment).requests) == 3\n"
+        "sys.exit('ray' in sys.modules)\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT / ".src"), "PATH": os.environ["PATH"]}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path).returncode == 0

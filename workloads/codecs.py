@@ -29,11 +29,16 @@ class Codec:
     pack: Callable[[Array], tuple[Array, ...]]
     unpack: Callable[[tuple[Array, ...], np.dtype[np.generic]], Array]
 
+    @property
+    def arrays(self) -> int:
+        """How many arrays one tensor becomes: its values, and a header where the codec needs one."""
+        return 2 if self.header_bytes else 1
+
     def encode(self, values: Array) -> tuple[Array, ...]:
-        """What goes on the wire: as many arrays for every tensor, of `size_bytes` together."""
+        """What goes on the wire: `arrays` arrays, of `size_bytes` together."""
         if is_float(values.dtype.name):
             return self.pack(values)
-        return (values, np.empty(0, np.float32)) if self.header_bytes else (values,)
+        return (values, np.empty(0, np.float32))[: self.arrays]
 
     def decode(self, parts: tuple[Array, ...], dtype: np.dtype[np.generic]) -> Array:
         """The tensor, of the dtype that it had."""

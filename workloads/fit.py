@@ -97,6 +97,22 @@ def fit_blocks(spans: Sequence[tuple[int, int]], means_s: Sequence[float], block
     return Fit(costs[:enter], costs[enter:leave], costs[leave:session], float(costs[session]))
 
 
+def fit_rhythm(looped_s: Sequence[float], run_s: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Scale and shift, neither negative, that turn times in a loop into times in a run; (1, 0) without times.
+
+    Least squares of relative errors, each time with the weight of its number of samples. A scale needs times that
+    differ by half at least; else all is scale.
+    """
+    if not looped_s:
+        return 1.0, 0.0
+    loop, run, weight = np.asarray(looped_s), np.asarray(run_s), np.sqrt(np.asarray(counts))
+    if loop.max() < 1.5 * loop.min():
+        return float(np.average(run / loop, weights=weight**2)), 0.0
+    design = np.column_stack([loop, np.full(len(loop), loop.mean())]) / run[:, None]
+    (scale, shift), _ = nnls(design * weight[:, None], weight)
+    return float(scale), float(shift * loop.mean())
+
+
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """Constant and slope, neither negative, of least squared error; (0, 0) without points."""
     if not x:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import (
@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    PositiveFloat,
     PrivateAttr,
     model_validator,
 )
@@ -26,6 +27,9 @@ from isthmus.workloads.fit import Floats, fit_line, typical
 from isthmus.workloads.model import Model, Part, members
 
 Source = Literal["measured", "fitted", "published", "scaled"]
+
+
+Seconds = TypeVar("Seconds", float, Floats)
 
 
 class _Frozen(BaseModel):
@@ -72,6 +76,24 @@ class CutCost(_Frozen):
     leave_s: float = 0.0
 
 
+class Rhythm(_Frozen):
+    """How a part costs in a run: `scale` times what it took in the profiler's loop, and `shift_s` more.
+
+    A part that runs after idling finds cold caches, which costs a constant; and a machine is a little faster or slower
+    than when it was profiled. A pilot run finds both.
+    """
+
+    scale: PositiveFloat = 1.0
+    shift_s: NonNegativeFloat = 0.0
+    provenance: str = "none: as in the profiler's loop"
+    sessions: tuple[SessionCost, ...] = ()
+    """What the pilot measured; the spread of single runs comes from here, where there is something."""
+
+    def paced_s(self, seconds: Seconds) -> Seconds:
+        """Seconds in a run of what takes `seconds` in the loop; a number or an array."""
+        return self.scale * seconds + self.shift_s
+
+
 class Profile(_Frozen):
     """The costs of one model on one node.
 
@@ -96,6 +118,7 @@ class Profile(_Frozen):
     blocks: tuple[BlockCost, ...] = Field(min_length=1)
     cuts: tuple[CutCost, ...]
     sessions: tuple[SessionCost, ...]
+    rhythm: Rhythm = Rhythm()
 
     _path: Path | None = PrivateAttr(default=None)
 
@@ -146,7 +169,7 @@ class Profile(_Frozen):
         costs = (
             cost.seconds * _share(model, block, part) for cost, block in zip(self.blocks, model.blocks, strict=True)
         )
-        return self.session_s + sum(costs)
+        return self.rhythm.paced_s(self.session_s + sum(costs))
 
     def span_s(self) -> Floats:
         """Mean seconds of `model.span(i, j)` at [i, j], between all B + 1 cuts; 0 where i >= j. Read-only."""
@@ -161,13 +184,9 @@ class Profile(_Frozen):
         constant_s, s_per_byte = self._load
         return constant_s + s_per_byte * model.weights_bytes(part) if part.layers else 0.0
 
-    def shifted(self, shift_s: float, reason: str) -> Profile:
-        """The same with `shift_s` more for every session, or less, down to nothing; its provenance says why."""
-        shift_s = max(shift_s, -self.session_s)
-        said = f"{self.provenance}; {shift_s * 1e6:+.0f} µs per session by {reason}"
-        sessions = tuple(s.model_copy(update={"mean_s": max(s.mean_s + shift_s, 0.0)}) for s in self.sessions)
-        update = {"session_s": self.session_s + shift_s, "sessions": sessions, "provenance": said}
-        return Profile(**(dict(self) | update))  # not model_copy, which would keep what is cached
+    def at_rhythm(self, rhythm: Rhythm) -> Profile:
+        """The same, as it is in a run; what was measured stays as it is, and a rhythm found before is replaced."""
+        return Profile(**(dict(self) | {"rhythm": rhythm}))  # not model_copy, which would keep what is cached
 
     def residuals(self, seconds: float) -> Floats:
         """How single runs of a part of about `seconds` scatter: r in `t = mean * (1 + r)`, as taken.
@@ -188,6 +207,7 @@ class Profile(_Frozen):
         for session in self.sessions:
             if session.kind == "block":
                 table[session.first, session.last] = session.mean_s
+        table = np.where(table > 0, self.rhythm.paced_s(table), 0.0)
         table.flags.writeable = False
         return table
 
@@ -198,7 +218,8 @@ class Profile(_Frozen):
     @cached_property
     def _residuals(self) -> tuple[Floats, list[Floats]]:
         """Means of the measured sessions, and the residuals of each."""
-        samples = [typical(session.samples_s) for session in self.sessions if max(session.samples_s) > 0]
+        sessions = self.rhythm.sessions or self.sessions
+        samples = [typical(session.samples_s) for session in sessions if max(session.samples_s) > 0]
         residuals = [s / s.mean() - 1 for s in samples] or [np.zeros(1)]
         for array in residuals:
             array.flags.writeable = False

@@ -69,9 +69,8 @@ class _Spec(BaseModel):
 
 
 class Power(_Spec):
-    """Electrical power of a node, in watts on top of each other: `idle` always, the rest while it lasts."""
+    """Electrical power of a node above idling, in watts: while it computes, sends, receives."""
 
-    idle: Watt = 0.0
     busy: Watt = 0.0
     tx: Watt = 0.0
     rx: Watt = 0.0
@@ -180,7 +179,7 @@ class Testbed:
         for name, source in spec.models.items():
             if only_models is None or name in only_models:
                 found = folder / source
-                models[name] = load_model(found if found.exists() else source, name=name)
+                models[name] = load_model(found if found.is_file() else source, name=name)
         nodes = {n: Node(n, s.slots, s.power, s.slowdown) for n, s in spec.nodes.items()}
         links: dict[LinkId, Link] = {}
         for number, link in enumerate(spec.links):
