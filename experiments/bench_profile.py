@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from isthmus.workloads.model import load_model, model_proto
-
-Progress = Callable[[int, int, str], None]
+from isthmus.workloads.progress import Progress
 
 
 def bench_profile(

@@ -12,7 +12,7 @@ no actor and draws no picture.
 
 Intervals are 95 % percentile intervals of a block bootstrap: neighbouring requests share queues and slow spells of the
 host, so single requests are not independent and resampling them one by one gives intervals that are too narrow.
-Blocks do not overlap, do not span two seeds, and hold about √n requests in order of arrival, the usual size of batch
+Blocks do not overlap, do not span two seeds, and hold about √n requests in order of closing, the usual size of batch
 means. (Tried on queues with autocorrelated service times, a nominal 95 % interval of the mean error held the truth in
 87 % of the cases at n = 300 and 95 % at 1 000; with single requests in 41 % and 49 %.) All statistics of a policy come
 from the same resamples, and a resample takes both worlds' answers to a request.

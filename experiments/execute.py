@@ -24,12 +24,11 @@ from isthmus.sim.simulator import simulate as simulate_cell
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.experiment import ExperimentSpec
 from isthmus.workloads.profile import Profile
+from isthmus.workloads.progress import Progress
 from isthmus.workloads.random import stream
 from isthmus.workloads.requests import Request
 from isthmus.workloads.service import Measured
 from isthmus.workloads.testbed import Testbed, TestbedSpec, profile_path
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from isthmus.policies.contract import Learner, Oracle, Policy, View, is_oracle
 from isthmus.policies.dispatch import Action, Answer, Close, Compiler, Dispatcher, PolicyFailure, Start
 from isthmus.policies.plan import Plan
-from isthmus.policies.records import Kind, Outcome, Record, Span
+from isthmus.policies.records import Kind, Record, Span
 from isthmus.workloads.requests import Request
 from isthmus.workloads.testbed import Testbed, TestbedSpec
 
@@ -125,7 +125,7 @@ def _drive(policy: Policy, testbed: Testbed, requests: int, *, travels: bool) ->
                 witness.travel()
             while len(started) > 2:
                 answer(started.pop(0))
-        carry_out(dispatcher.end(now, Outcome.UNFINISHED))
+        carry_out(dispatcher.end())
     except PolicyFailure as error:
         raise AssertionError(str(error)) from error
     assert len(closed) == requests

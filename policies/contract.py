@@ -22,7 +22,7 @@ class LinkBelief:
 
     rate_bytes_per_s: float
     rtt_s: float
-    """There and back, of an empty message."""
+    """There and back, of an empty message; nominal, it is not estimated."""
     queued_bytes: float
     """Bytes that this controller has put on the link and not seen delivered."""
     age_s: float | None

@@ -187,11 +187,11 @@ class Dispatcher:
             return []
         self._down.add(node)
         if node == self.source:
-            return self.end(now_s, Outcome.FAILED, f"source {node} down")
+            return self.end(Outcome.FAILED, f"source {node} down")
         hit = [o for o in self._open.values() if o.compiled is not None and node in o.compiled.nodes]
         return [a for o in hit for a in self.lost(o.request.number, o.attempt, f"node {node} down", now_s)]
 
-    def end(self, now_s: float, outcome: Outcome = Outcome.UNFINISHED, reason: str = "run ended") -> list[Action]:
+    def end(self, outcome: Outcome = Outcome.UNFINISHED, reason: str = "run ended") -> list[Action]:
         """Nothing more will come of what is open: close it all."""
         return [self._close(opened, outcome, reason, None) for opened in list(self._open.values())]
 

@@ -72,7 +72,7 @@ class Record:
     answer_error: float | None = None
     """Largest difference from the whole model's answer, relative to its largest value."""
     overruns: int | None = None
-    """Stages that the host could not finish in the emulated time; None where nothing was emulated."""
+    """How often the host was late: a part or a message not ready at its emulated time; None where none was emulated."""
     spans: Sequence[Span] = field(default=(), repr=False)
 
     @property

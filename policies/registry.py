@@ -24,7 +24,7 @@ class PolicySpec:
     label: str
 
     def make(self, seed: int) -> Policy:
-        """A fresh policy. A constructor that takes `seed` is given the run's, unless the experiment gave one.
+        """A fresh policy. A constructor that takes `seed` is given this one, unless the experiment gave one.
 
         InputError for an unknown name (with the nearest ones) or for arguments that the policy does not take.
         """

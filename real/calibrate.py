@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from platform import node as host_name
 from typing import Any
@@ -30,11 +30,10 @@ from isthmus.workloads.fit import fit_line, fit_rhythm, typical
 from isthmus.workloads.model import Model, Part
 from isthmus.workloads.overheads import CodecCost, Overheads
 from isthmus.workloads.profile import Profile, Rhythm, SessionCost
+from isthmus.workloads.progress import Progress
 from isthmus.workloads.requests import Request, Source
 from isthmus.workloads.service import Measured
 from isthmus.workloads.testbed import Testbed
-
-Progress = Callable[[int, int, str], None]
 
 _SIZES_BYTES = (40_000, 200_000, 800_000)
 _PILOT_CUTS = 6

@@ -286,7 +286,7 @@ class _Cell:
 
     def _end(self) -> None:
         assert self._dispatcher is not None
-        self._carry_out(self._dispatcher.end(self.clock.now_s), self.clock.now_s, 0.0)
+        self._carry_out(self._dispatcher.end(), self.clock.now_s, 0.0)
 
     def node_is(self, node: str, up: bool) -> None:
         def tell() -> None:

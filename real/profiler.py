@@ -13,7 +13,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -30,8 +30,8 @@ from isthmus.workloads.errors import InputError
 from isthmus.workloads.fit import fit_blocks, fit_line, session_means
 from isthmus.workloads.model import Model, members, model_proto
 from isthmus.workloads.profile import BlockCost, CutCost, Machine, Profile, SessionCost
+from isthmus.workloads.progress import Progress
 
-Progress = Callable[[int, int, str], None]
 Span = tuple[int, int]
 
 _MEMORY_SHARE = 0.25  # of the free memory, for the weights of the sessions that stay loaded

@@ -131,7 +131,7 @@ class _Simulation:
 
     def _close_all(self, reason: str) -> None:
         for dispatcher in self.dispatchers.values():
-            self.carry_out(dispatcher, dispatcher.end(self.env.now, reason=reason))
+            self.carry_out(dispatcher, dispatcher.end(reason=reason))
 
     def carry_out(self, dispatcher: Dispatcher, actions: list[Action]) -> None:
         for action in actions:

@@ -257,10 +257,10 @@ def test_ctrl_c_keeps_what_there_is(place):
         cwd=place, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     parts = place / "real"
+    decided = parts / "decisions.jsonl.partial"
     deadline = time.monotonic() + 60
-    while not (parts / "decisions.jsonl.partial").exists() and time.monotonic() < deadline:
+    while not (decided.exists() and decided.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(5)
     os.kill(running.pid, signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130, said

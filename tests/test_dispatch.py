@@ -190,9 +190,9 @@ def test_the_end_closes_what_is_open(testbed):
     it.arrive(request(0), 1.0)
     it.arrive(request(1), 1.5)
     it.answer(0, 1, Answer(), 1.6)
-    record = closed(it.end(9.0))
+    record = closed(it.end())
     assert (record.number, record.outcome, record.reason, record.end_s) == (1, "unfinished", "run ended", None)
-    assert it.end(9.0) == []
+    assert it.end() == []
 
 
 class Raising:
@@ -337,7 +337,7 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.arrived > 5)
     @rule()
     def end(self):
-        self.told(self.it.end(self.now))
+        self.told(self.it.end())
         assert self.it.open == 0
 
     @invariant()
@@ -351,7 +351,7 @@ class Lives(RuleBasedStateMachine):
         assert all(b.queued_bytes >= 0 and b.rate_bytes_per_s > 0 for b in view.links.values())
 
     def teardown(self):
-        self.told(self.it.end(self.now))
+        self.told(self.it.end())
         assert sorted(r.number for r in self.records) == list(range(self.arrived))
         for name in NAMES:  # whatever was under way over a node is given up with it
             self.it.node_is(name, up=False, now_s=self.now)
