@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 the run failed, 2 the input is wrong. Results go to standa
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -19,12 +18,14 @@ import typer
 from rich.markup import escape
 
 import isthmus
-from isthmus.experiments import execute, present
+from isthmus.experiments import catalogue, execute, present, tables
+from isthmus.experiments.compare import Comparison
 from isthmus.experiments.execute import Experiment
 from isthmus.experiments.present import messages
 from isthmus.experiments.run_folder import Run
 from isthmus.workloads.errors import InputError, IsthmusError
 from isthmus.workloads.experiment import ExperimentSpec
+from isthmus.workloads.progress import Progress
 
 app = typer.Typer(
     help="Edge-cloud offloading: simulate policies on measured costs, run them for real, see how far apart they are.",
@@ -85,7 +86,7 @@ def emit(data: Any) -> None:
 
 
 @contextmanager
-def _progress(title: str, as_json: bool) -> Iterator[execute.Progress]:
+def _progress(title: str, as_json: bool) -> Iterator[Progress]:
     with present.progress(title, quiet=as_json) as move:
         yield move
 
@@ -117,104 +118,25 @@ def models(
     as_json: Json = False,
 ) -> None:
     """List the models that come by name, or show the cuts of one."""
-    from isthmus.workloads import zoo
     from isthmus.workloads.model import load_model
-    from isthmus.workloads.units import show_bytes
 
-    if file is not None:
-        model = load_model(file)
-        flop = 0
-        rows: list[dict[str, Any]] = []
-        for cut in model.cuts:
-            if cut.index:
-                flop += sum(layer.flop for layer in model.layers if model.blocks[cut.index - 1] >> layer.index & 1)
-            rows.append({"cut": cut.index, "crossing": list(cut.crossing), "bytes": cut.bytes, "flop_before": flop})
-        if as_json:
-            emit({"name": model.name, "sha256": model.sha256, "layers": len(model.layers), "cuts": rows})
-            return
-        present.table(
-            f"{model.name}: {len(model.layers)} layers, {len(model.cuts)} cuts",
-            ["cut>", "what crosses", "bytes>", "work before>"],
-            [
-                [r["cut"], ", ".join(r["crossing"]), show_bytes(r["bytes"]), f"{r['flop_before'] / model.flop:.0%}"]
-                for r in rows
-            ],
-            caption="Cut 0 sends the input, the last cut nothing but the answer.",
-        )
+    if file is None:
+        rows = catalogue.list_models()
+        emit(rows) if as_json else tables.models_table(rows)
         return
-    found = [load_model(name) for name in zoo.names()]
+    model = load_model(file)
+    cuts = catalogue.list_cuts(model)
     if as_json:
-        emit(
-            [
-                {
-                    "name": m.name,
-                    "layers": len(m.layers),
-                    "cuts": len(m.cuts),
-                    "flop": m.flop,
-                    "parameter_bytes": m.parameter_bytes,
-                    "input": {t: list(m.tensors[t].shape) for t in m.inputs},
-                }
-                for m in found
-            ]
-        )
-        return
-    present.table(
-        "Models by name",
-        ["name", "layers>", "cuts>", "GFLOP>", "weights>", "input"],
-        [
-            [
-                m.name,
-                len(m.layers),
-                len(m.cuts),
-                f"{m.flop / 1e9:.2f}",
-                show_bytes(m.parameter_bytes),
-                "×".join(map(str, m.tensors[m.inputs[0]].shape)),
-            ]
-            for m in found
-        ],
-        caption="Any .onnx file works too. These have seeded random weights: their speed is real, their answers not.",
-    )
+        emit({"name": model.name, "sha256": model.sha256, "layers": len(model.layers), "cuts": cuts})
+    else:
+        tables.cuts_table(model, cuts)
 
 
 @app.command()
 def policies(as_json: Json = False) -> None:
     """List the policies that are installed."""
-    from isthmus.policies.contract import Oracle
-    from isthmus.policies.registry import find, installed
-
-    rows: list[dict[str, Any]] = []
-    for name in sorted(installed()):
-        made = find(name)
-        arguments = {
-            p.name: None if p.default is inspect.Parameter.empty else p.default
-            for p in inspect.signature(made).parameters.values()
-        }
-        point = installed()[name]
-        rows.append(
-            {
-                "name": name,
-                "arguments": arguments,
-                "oracle": isinstance(made, type) and issubclass(made, Oracle),
-                "from": point.value,
-                "about": (inspect.getdoc(made) or "").split("\n")[0],
-            }
-        )
-    if as_json:
-        emit(rows)
-        return
-    present.table(
-        "Policies",
-        ["name", "what it does", "arguments"],
-        [
-            [
-                r["name"] + (" (oracle)" if r["oracle"] else ""),
-                r["about"],
-                ", ".join(f"{k}={v}" for k, v in r["arguments"].items()),
-            ]
-            for r in rows
-        ],
-        caption="Your own: module:Class, or the entry-point group isthmus.policies of any installed package.",
-    )
+    rows = catalogue.list_policies()
+    emit(rows) if as_json else tables.policies_table(rows)
 
 
 @app.command()
@@ -237,24 +159,12 @@ def profile(
     with _progress(f"profiling {loaded.name}", as_json) as move:
         made = profile_model(loaded, quick=quick, label=label, pace_s=pace_s, progress=move)
     made.save(path)
-    whole_s = made.part_s(loaded, loaded.whole())
     if as_json:
+        whole_s = made.part_s(loaded, loaded.whole())
         emit({"file": str(path), "model": loaded.name, "whole_s": whole_s, "session_s": made.session_s,
               "blocks_s": [b.seconds for b in made.blocks], "provenance": made.provenance})  # fmt: skip
-        return
-    rows = []
-    for index, (cost, cut) in enumerate(zip(made.blocks, loaded.cuts[1:], strict=True)):
-        layers = [loaded.layers[i].op for i in range(len(loaded.layers)) if loaded.blocks[index] >> i & 1]
-        rows.append(
-            [index, " ".join(layers[:6]) + (" …" if len(layers) > 6 else ""), f"{cost.seconds * 1e3:.3f}", cut.bytes]
-        )
-    present.table(
-        f"{loaded.name} on {made.machine.label} ({made.machine.cpu})",
-        ["block>", "layers", "ms>", "bytes after it>"],
-        rows,
-        caption=f"The whole: {whole_s * 1e3:.2f} ms, of which {made.session_s * 1e3:.2f} ms for having a session. "
-        f"{made.provenance}. Written to {path}",
-    )
+    else:
+        tables.profile_table(loaded, made, path)
 
 
 @app.command()
@@ -271,18 +181,8 @@ def calibrate(
     overheads = experiment.testbed.overheads
     if as_json:
         emit({"files": [str(p) for p in written], "overheads": overheads.model_dump()})
-        return
-    rows = [["an answer is released late by", f"{overheads.wake_s * 1e3:.2f} ms"]]
-    rows += [["an empty call from actor to actor (hidden by emulated links)", f"{overheads.actor_call_s * 1e3:.2f} ms"]]
-    rows += [[f"a decision of {name}", f"{s * 1e3:.2f} ms"] for name, s in overheads.decide_s.items()]
-    rows += [
-        [
-            f"encoding, decoding 1 MB as {n}",
-            f"{overheads.encode_s(n, 1e6) * 1e3:.2f}, {overheads.decode_s(n, 1e6) * 1e3:.2f} ms",
-        ]
-        for n in overheads.codecs
-    ]
-    present.table("Calibrated", ["what", "on this machine>"], rows, caption="Written: " + ", ".join(map(str, written)))
+    else:
+        tables.overheads_table(overheads, written)
 
 
 @app.command()
@@ -296,22 +196,7 @@ def plan(
     from isthmus.experiments.foresee import foresee
 
     rows = foresee(_load(file, policy, None), cuts=cuts)
-    if as_json:
-        emit(rows)
-        return
-    present.table(
-        "Predicted for one request on an idle testbed, at the links' mean rates",
-        ["policy" if not cuts else "cut", "plan", "latency ms>", "compute ms>", "links ms>", "energy J>"],
-        [
-            [
-                r["policy"],
-                r["plan"],
-                *(present.milliseconds(r[k]) for k in ("latency_s", "compute_s", "links_s")),
-                None if r["energy_j"] is None else f"{r['energy_j']:.3f}",
-            ]
-            for r in rows
-        ],
-    )
+    emit(rows) if as_json else tables.plans_table(rows, cuts=cuts)
 
 
 @app.command()
@@ -354,34 +239,11 @@ def _show_run(made: Run, trace: Path | None, as_json: bool) -> None:
         from isthmus.experiments.trace import write_trace
 
         write_trace(made, trace)
-    summary = made.summary()
-    warnings = made.facts.get("warnings", [])
-    if as_json:
-        rows = [{k: None if v != v else v for k, v in row.items()} for row in summary.to_dict("records")]
-        emit({"run": str(made.folder), "world": made.world, "policies": rows, "warnings": warnings})
+    if not as_json:
+        tables.run_table(made, trace)
         return
-    outcomes = [c for c in summary.columns if c in ("completed", "late", "dropped", "failed", "unfinished")]
-    energy = bool(summary["energy_j"].notna().any())
-    present.table(
-        f"{made.experiment.name} ({made.world}): latency in ms",
-        ["policy", *(f"{c}>" for c in outcomes), "mean>", "p50>", "p95>", "p99>", *(["energy J>"] if energy else [])],
-        [
-            [
-                _marked(made, row["policy"]),
-                *(row[c] for c in outcomes),
-                *(present.milliseconds(row[c]) for c in ("mean_s", "p50_s", "p95_s", "p99_s")),
-                *([f"{row['energy_j']:.3f}"] if energy else []),
-            ]
-            for row in summary.to_dict("records")
-        ],
-        caption=f"Written to {made.folder}" + (f", trace to {trace}" if trace else ""),
-    )
-    for warning in warnings:
-        present.warn(warning)
-
-
-def _marked(made: Run, policy: str) -> str:
-    return f"{policy} (oracle)" if policy in made.facts.get("oracles", []) else policy
+    rows = [{k: None if v != v else v for k, v in row.items()} for row in made.summary().to_dict("records")]
+    emit({"run": str(made.folder), "world": made.world, "policies": rows, "warnings": made.facts.get("warnings", [])})
 
 
 @app.command()
@@ -401,66 +263,14 @@ def compare(
         from isthmus.experiments.report import write_report
 
         write_report(report, [comparison], title=comparison.real.experiment.name if comparison.real else "comparison")
-    show_comparison(comparison, as_json, report)
+    _show_comparison(comparison, as_json, report)
 
 
-def show_comparison(comparison: Any, as_json: bool, report: Path | None) -> None:
-    """The fidelity table, or the JSON that `bench fidelity` gives."""
-    data = comparison.to_json()
+def _show_comparison(comparison: Comparison, as_json: bool, report: Path | None) -> None:
     if as_json:
-        emit(data if report is None else {**data, "report": str(report)})
-        return
-    for setting in dict.fromkeys((r["model"], r["link"]) for r in data["rows"]):
-        rows = [r for r in data["rows"] if (r["model"], r["link"]) == setting]
-        repeated = any(r["repeat_mean_error"] is not None for r in rows)
-        requests = " or ".join(map(str, sorted({r["requests"] for r in rows})))
-        world = comparison.world
-        present.table(
-            f"{setting[0]}, {setting[1]} links, {requests} requests per policy; ms, simulated and {world}",
-            ["policy", "mean sim>", "mean real>", "error %>", "(95 %)>", "p95 sim>", "p95 real>", "error %>",
-             "struct. ms>", *(["repeat %>"] if repeated else []), "overrun %>"],
-            [
-                [
-                    r["policy"],
-                    present.milliseconds(r["sim_mean_s"]),
-                    present.milliseconds(r["real_mean_s"]),
-                    present.percent(r["mean_error"], ""),
-                    _interval(r["mean_error_low"], r["mean_error_high"]),
-                    present.milliseconds(r["sim_p95_s"]),
-                    present.milliseconds(r["real_p95_s"]),
-                    present.percent(r["p95_error"], ""),
-                    None if r["structural_error_s"] is None else f"{r['structural_error_s'] * 1e3:.2f}",
-                    *([present.percent(r["repeat_mean_error"], "")] if repeated else []),
-                    present.percent(r["overruns"], ""),
-                ]
-                for r in rows
-            ],
-        )  # fmt: skip
-    present.console.print(
-        "error: what the profile taken before predicted, against the real run. struct.: per request, when the "
-        "simulator is fed the real run's own part times. repeat: a second real run against the first. overrun: "
-        "requests for which this host was too slow to keep emulated time. Emulated: true parts on this host, "
-        "slowed down.",
-        style="dim",
-    )
-    tau = data["kendall_tau"]
-    present.console.print(
-        f"Median error: mean {present.percent(data['median_mean_error'])}, "
-        f"p95 {present.percent(data['median_p95_error'])}; worst mean {present.percent(data['worst_mean_error'])}. "
-        + (
-            f"Kendall τ of the ranking: {tau:.2f}."
-            if tau is not None
-            else "No two policies are 10 % apart, so there is no ranking."
-        )
-    )
-    for warning in comparison.warnings:
-        present.warn(warning)
-    if report is not None:
-        present.console.print(f"Report: [bold]{escape(str(report))}[/]", soft_wrap=True)
-
-
-def _interval(low: float | None, high: float | None) -> str | None:
-    return None if low is None or high is None else f"{abs(low) * 100:.0f}–{high * 100:.0f}"
+        emit(comparison.to_json() | ({} if report is None else {"report": str(report)}))
+    else:
+        tables.comparison_tables(comparison, report)
 
 
 @app.command()
@@ -491,7 +301,7 @@ def demo(
 
     with _progress("demo", as_json) as move:
         comparison, path = run_demo(out, requests=requests, progress=move)
-    show_comparison(comparison, as_json, path)
+    _show_comparison(comparison, as_json, path)
 
 
 @bench.command("fidelity")
@@ -505,7 +315,7 @@ def bench_fidelity(
 
     with _progress("bench fidelity", as_json) as move:
         comparison, path = run_fidelity(out, models=model, progress=move)
-    show_comparison(comparison, as_json, path)
+    _show_comparison(comparison, as_json, path)
 
 
 @bench.command("profile")
@@ -519,14 +329,4 @@ def bench_profile(
 
     with _progress("bench profile", as_json) as move:
         data = measure(model, parts=parts, progress=move) if model else measure(parts=parts, progress=move)
-    if as_json:
-        emit(data)
-        return
-    present.table(
-        "Predicted time of parts that were not measured, against measuring them",
-        ["model", "parts>", "mean error>", "worst>", "sessions>"],
-        [
-            [r["model"], r["parts"], present.percent(r["mean_error"]), present.percent(r["worst_error"]), r["sessions"]]
-            for r in data["rows"]
-        ],
-    )  # fmt: skip
+    emit(data) if as_json else tables.bench_profile_table(data["rows"])

@@ -13,11 +13,12 @@ from typing import Any
 import yaml
 
 from isthmus.experiments.compare import Comparison, compare, merge
-from isthmus.experiments.execute import Experiment, Progress, calibrate, run, simulate
+from isthmus.experiments.execute import Experiment, calibrate, run, simulate
 from isthmus.experiments.report import write_report
 from isthmus.experiments.run_folder import Run
 from isthmus.workloads.documents import write_text
 from isthmus.workloads.errors import unknown
+from isthmus.workloads.progress import Progress
 
 POLICIES = ("local", "remote", "fixed", "neurosurgeon", "least-delay", "oracle")
 

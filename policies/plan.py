@@ -54,6 +54,10 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as data, for records: layers as hexadecimal bit masks."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
         stages = [[s.node, s.part.model, f"{s.part.layers:x}", s.after] for s in self.stages]
         return json.dumps({"stages": stages, "codecs": self.codecs, "exit": self.exit}, separators=(",", ":"))
 

@@ -16,8 +16,9 @@ from typing import Any
 from isthmus.policies.contract import Policy
 from isthmus.policies.plan import Plan
 from isthmus.policies.records import Outcome, Record
+from isthmus.real.cell import Cell
 from isthmus.real.cluster import ActorGone, results, start_actor
-from isthmus.real.node import Cell, NodeServer
+from isthmus.real.node import NodeServer
 from isthmus.real.pressure import cores, stalled_share
 from isthmus.workloads.errors import unknown
 from isthmus.workloads.faults import NodeFault

@@ -1,0 +1,191 @@
+"""The tables of the command line, from plain data and runs. Knows what a result means to a person, computes none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from isthmus.experiments.compare import Comparison
+from isthmus.experiments.present import console, milliseconds, percent, table, warn
+from isthmus.experiments.run_folder import Run
+from isthmus.policies.records import Outcome
+from isthmus.workloads.model import Model, members
+from isthmus.workloads.overheads import Overheads
+from isthmus.workloads.profile import Profile
+from isthmus.workloads.units import show_bytes
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def models_table(rows: Rows) -> None:
+    table(
+        "Models by name",
+        ["name", "layers>", "cuts>", "GFLOP>", "weights>", "input"],
+        [
+            [
+                r["name"],
+                r["layers"],
+                r["cuts"],
+                f"{r['flop'] / 1e9:.2f}",
+                show_bytes(r["parameter_bytes"]),
+                ", ".join("×".join(map(str, shape)) for shape in r["input"].values()),
+            ]
+            for r in rows
+        ],
+        caption="Any .onnx file works too. These have seeded random weights: their speed is real, their answers not.",
+    )
+
+
+def cuts_table(model: Model, rows: Rows) -> None:
+    table(
+        f"{model.name}: {len(model.layers)} layers, {len(model.cuts)} cuts",
+        ["cut>", "what crosses", "bytes>", "work before>"],
+        [[r["cut"], ", ".join(r["crossing"]), show_bytes(r["bytes"]), f"{r['work_before']:.0%}"] for r in rows],
+        caption="Cut 0 sends the input, the last cut nothing but the answer.",
+    )
+
+
+def policies_table(rows: Rows) -> None:
+    table(
+        "Policies",
+        ["name", "what it does", "arguments"],
+        [
+            [
+                r["name"] + (" (oracle)" if r["oracle"] else ""),
+                r["about"],
+                ", ".join(f"{k}={v}" for k, v in r["arguments"].items()),
+            ]
+            for r in rows
+        ],
+        caption="Your own: module:Class, or the entry-point group isthmus.policies of any installed package.",
+    )
+
+
+def profile_table(model: Model, profile: Profile, path: Path) -> None:
+    rows = []
+    for index, (cost, cut, block) in enumerate(zip(profile.blocks, model.cuts[1:], model.blocks, strict=True)):
+        ops = [model.layers[i].op for i in members(block)]
+        said = " ".join(ops[:6]) + (" …" if len(ops) > 6 else "")
+        rows.append([index, said, f"{cost.seconds * 1e3:.3f}", show_bytes(cut.bytes)])
+    table(
+        f"{model.name} on {profile.machine.label} ({profile.machine.cpu})",
+        ["block>", "layers", "ms>", "after it>"],
+        rows,
+        caption=f"The whole: {profile.part_s(model, model.whole()) * 1e3:.2f} ms, of which "
+        f"{profile.session_s * 1e3:.2f} ms for having a session. {profile.provenance}. Written to {path}",
+    )
+
+
+def overheads_table(overheads: Overheads, written: Sequence[Path]) -> None:
+    rows = [["an answer is released late by", f"{overheads.wake_s * 1e3:.2f} ms"]]
+    rows += [["an empty call from actor to actor (hidden by emulated links)", f"{overheads.actor_call_s * 1e3:.2f} ms"]]
+    rows += [[f"a decision of {name}", f"{s * 1e3:.2f} ms"] for name, s in overheads.decide_s.items()]
+    for name in overheads.codecs:
+        there, back = overheads.encode_s(name, 1e6), overheads.decode_s(name, 1e6)
+        rows.append([f"encoding, decoding 1 MB as {name}", f"{there * 1e3:.2f}, {back * 1e3:.2f} ms"])
+    table("Calibrated", ["what", "on this machine>"], rows, caption="Written: " + ", ".join(map(str, written)))
+
+
+def plans_table(rows: Rows, *, cuts: bool) -> None:
+    table(
+        "Predicted for one request on an idle testbed, at the links' mean rates",
+        ["cut" if cuts else "policy", "plan", "latency ms>", "compute ms>", "links ms>", "energy J>"],
+        [
+            [
+                r["policy"],
+                r["plan"],
+                *(milliseconds(r[k]) for k in ("latency_s", "compute_s", "links_s")),
+                None if r["energy_j"] is None else f"{r['energy_j']:.3f}",
+            ]
+            for r in rows
+        ],
+    )
+
+
+def run_table(run: Run, trace: Path | None) -> None:
+    summary, oracles = run.summary(), run.facts.get("oracles", [])
+    outcomes = [outcome.value for outcome in Outcome if outcome.value in summary.columns]
+    energy = bool(summary["energy_j"].notna().any())
+    table(
+        f"{run.experiment.name} ({run.world}): latency in ms",
+        ["policy", *(f"{o}>" for o in outcomes), "mean>", "p50>", "p95>", "p99>", *(["energy J>"] if energy else [])],
+        [
+            [
+                row["policy"] + (" (oracle)" if row["policy"] in oracles else ""),
+                *(row[outcome] for outcome in outcomes),
+                *(milliseconds(row[c]) for c in ("mean_s", "p50_s", "p95_s", "p99_s")),
+                *([f"{row['energy_j']:.3f}"] if energy else []),
+            ]
+            for row in summary.to_dict("records")
+        ],
+        caption=f"Written to {run.folder}" + (f", trace to {trace}" if trace else ""),
+    )
+    for warning in run.facts.get("warnings", []):
+        warn(warning)
+
+
+def comparison_tables(comparison: Comparison, report: Path | None) -> None:
+    """One table per model and kind of link, what the columns mean, and the verdict over all."""
+    data = comparison.to_json()
+    for setting in dict.fromkeys((r["model"], r["link"]) for r in data["rows"]):
+        _fidelity_table(setting, [r for r in data["rows"] if (r["model"], r["link"]) == setting], comparison.world)
+    console.print(
+        "error: what the profile taken before predicted, against the real run. struct.: per request, when the "
+        "simulator is fed the real run's own part times. repeat: a second real run against the first. overrun: "
+        "requests for which this host was too slow to keep emulated time. Emulated: true parts on this host, "
+        "slowed down.",
+        style="dim",
+    )
+    tau = data["kendall_tau"]
+    ranking = "No two policies are 10 % apart." if tau is None else f"Kendall τ of the ranking: {tau:.2f}."
+    console.print(
+        f"Median error: mean {percent(data['median_mean_error'])}, p95 {percent(data['median_p95_error'])}; "
+        f"worst mean {percent(data['worst_mean_error'])}. {ranking}"
+    )
+    for warning in comparison.warnings:
+        warn(warning)
+    if report is not None:
+        console.print(f"Report: [bold]{escape(str(report))}[/]", soft_wrap=True)
+
+
+def _fidelity_table(setting: tuple[str, str], rows: Rows, world: str) -> None:
+    repeated = any(r["repeat_mean_error"] is not None for r in rows)
+    requests = " or ".join(map(str, sorted({r["requests"] for r in rows})))
+    table(
+        f"{setting[0]}, {setting[1]} links, {requests} requests per policy; ms, simulated and {world}",
+        [
+            *("policy", "mean sim>", "mean real>", "error %>", "(95 %)>", "p95 sim>", "p95 real>", "error %>"),
+            *("struct. ms>", *(["repeat %>"] if repeated else []), "overrun %>"),
+        ],
+        [
+            [
+                r["policy"],
+                milliseconds(r["sim_mean_s"]),
+                milliseconds(r["real_mean_s"]),
+                percent(r["mean_error"], ""),
+                _interval(r["mean_error_low"], r["mean_error_high"]),
+                milliseconds(r["sim_p95_s"]),
+                milliseconds(r["real_p95_s"]),
+                percent(r["p95_error"], ""),
+                None if r["structural_error_s"] is None else f"{r['structural_error_s'] * 1e3:.2f}",
+                *([percent(r["repeat_mean_error"], "")] if repeated else []),
+                percent(r["overruns"], ""),
+            ]
+            for r in rows
+        ],
+    )
+
+
+def _interval(low: float | None, high: float | None) -> str | None:
+    return None if low is None or high is None else f"{abs(low) * 100:.0f}–{high * 100:.0f}"
+
+
+def bench_profile_table(rows: Rows) -> None:
+    table(
+        "Predicted time of parts that were not measured, against measuring them",
+        ["model", "parts>", "mean error>", "worst>", "sessions>"],
+        [[r["model"], r["parts"], percent(r["mean_error"]), percent(r["worst_error"]), r["sessions"]] for r in rows],
+    )
