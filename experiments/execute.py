@@ -207,7 +207,7 @@ def run(experiment: Experiment, out: Path | None = None, *, progress: Progress |
             warnings += [f"{policy.label}: {said}" for said in felt.warnings()]
         if progress is not None:
             progress(total, total, "done")
-        warnings += [f"{label}: {count} answers were not the whole model's" for label, count in wrong.items()]
+        warnings += [f"{label}: {count} answers were not the whole model's" for label, count in (+wrong).items()]
         writer.add_facts(pressure=pressure, warnings=warnings)
     return Run.load(out)
 

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from isthmus.policies.contract import View, decision_row
 from isthmus.policies.plan import Plan
 from isthmus.policies.records import REQUEST_COLUMNS, SPAN_COLUMNS, Outcome, Record, request_row, span_rows
+from isthmus.workloads.documents import parse
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.experiment import ExperimentSpec
 from isthmus.workloads.requests import Request
@@ -182,7 +183,7 @@ class Run:
 
     @property
     def experiment(self) -> ExperimentSpec:
-        return ExperimentSpec.model_validate(self.facts["experiment"])
+        return parse(ExperimentSpec, self.facts["experiment"], where=f"{self.folder}/run.json: experiment")
 
     @cached_property
     def testbed(self) -> Testbed:

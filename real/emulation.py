@@ -38,7 +38,7 @@ class Pressure:
 
     overrun_share: float
     run_delay_share: float
-    """Seconds that the actors' threads waited for a processor, over the time that the cell took."""
+    """Seconds that an actor's threads waited for a processor, over the time that the cell took; mean of the actors."""
     cpu_cores: float
     """Processors that the actors kept busy, on average."""
     stalled_share: float | None
@@ -264,7 +264,7 @@ class _Driving:
             used = [u for node in self.emulation.alive if (u := self.emulation.call(node, "close")) is not None]
         return Pressure(
             self.overruns / max(sum(map(len, self.requests.values())), 1),
-            sum(u.run_delay_s for u in used) / lasted_s,
+            sum(u.run_delay_s for u in used) / lasted_s / max(len(used), 1),
             sum(u.cpu_s for u in used) / lasted_s,
             stalled_share(),
         )
