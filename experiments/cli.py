@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.markup import escape
 
@@ -44,6 +43,7 @@ Policies = Annotated[
     list[str] | None, typer.Option("--policy", help="Run these policies instead of the file's; name or module:Class.")
 ]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Run these seeds instead of the file's.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the finished run that --out may hold.")]
 Requests = Annotated[int | None, typer.Option("--requests", min=1, help="So many requests per source.")]
 
 
@@ -59,12 +59,15 @@ def main() -> None:
         _fail(str(error), 2)
     except IsthmusError as error:
         _fail(str(error), 1)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except KeyboardInterrupt:
         _fail("interrupted; what was finished is kept", 130)
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
+    except Exception as error:
+        # Usage errors are click's, and typer may bring a click of its own: they are told by what they can do.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), getattr(error, "exit_code", 2))
 
 
 def _fail(text: str, code: int) -> None:
@@ -207,13 +210,14 @@ def simulate(
     seed: Seeds = None,
     requests: Requests = None,
     trace: Trace = None,
+    force: Force = False,
     views: Annotated[bool, typer.Option(help="Keep what every decision was based on.")] = False,
     as_json: Json = False,
 ) -> None:
     """Simulate an experiment."""
     experiment = _load(file, policy, seed, requests)
     with _progress("simulating", as_json) as move:
-        made = execute.simulate(experiment, out, views=views, progress=move)
+        made = execute.simulate(experiment, out, views=views, replace=force, progress=move)
     _show_run(made, trace, as_json)
 
 
@@ -225,12 +229,13 @@ def run(
     seed: Seeds = None,
     requests: Requests = None,
     trace: Trace = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Run an experiment for real: actors on this machine run the parts, as slowly as the nodes that they emulate."""
     experiment = _load(file, policy, seed, requests)
     with _progress("running", as_json) as move:
-        made = execute.run(experiment, out, progress=move)
+        made = execute.run(experiment, out, replace=force, progress=move)
     _show_run(made, trace, as_json)
 
 

@@ -257,7 +257,7 @@ def _replayed(real: Run) -> pd.Series:
     spec, found = real.experiment, dict[tuple[str, int, str, int], float]()
     timed = real.spans[real.spans["kind"].isin([Kind.DECIDE, Kind.COMPUTE])]
     spans = {(policy, seed): rows for policy, seed, rows in _by_run(timed)}
-    for policy, seed, rows in _by_run(real.requests):
+    for policy, seed, rows in _by_run(real.requests.dropna(subset="plan")):  # what was planned can be replayed
         known = {(row["source"], row["number"]) for row in rows}
         requests = {
             source: [request for request in drawn if (source, request.number) in known]

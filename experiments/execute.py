@@ -102,6 +102,14 @@ class Experiment:
         return [p.label for p in self.policies if is_oracle(p.make(0))]
 
 
+def _free(out: Path | None, replace: bool) -> Path | None:
+    if out is not None and not replace and (out / "run.json").exists():
+        raise InputError(
+            "holds a finished run", where=out, allowed="another folder, or --force (replace=True) to replace it"
+        )
+    return out
+
+
 def uncalibrated(experiment: Experiment) -> list[str]:
     """Warnings about policies whose decisions were not timed on a testbed that was calibrated otherwise."""
     overheads = experiment.testbed.overheads
@@ -132,10 +140,18 @@ def new_folder(experiment: Experiment, world: str) -> Path:
 
 
 def simulate(
-    experiment: Experiment, out: Path | None = None, *, views: bool = False, progress: Progress | None = None
+    experiment: Experiment,
+    out: Path | None = None,
+    *,
+    views: bool = False,
+    replace: bool = False,
+    progress: Progress | None = None,
 ) -> Run:
-    """Simulate every cell into a run folder, a new one in `runs` by default. `views` keeps every decision beside it."""
-    out = out or new_folder(experiment, "simulated")
+    """Simulate every cell into a run folder, a new one in `runs` by default. `views` keeps every decision beside it.
+
+    InputError when the folder holds a finished run already, unless `replace`.
+    """
+    out = _free(out, replace) or new_folder(experiment, "simulated")
     testbed, cells = experiment.testbed, experiment.cells()
     total = len(cells) * sum(map(len, experiment.spec.draw(experiment.spec.seeds[0]).values()))
     facts = {"oracles": experiment.oracles, "warnings": uncalibrated(experiment)}
@@ -167,7 +183,9 @@ def simulate(
     return Run.load(out)
 
 
-def run(experiment: Experiment, out: Path | None = None, *, progress: Progress | None = None) -> Run:
+def run(
+    experiment: Experiment, out: Path | None = None, *, replace: bool = False, progress: Progress | None = None
+) -> Run:
     """Run every cell for real, on actors of this host, into a run folder. Needs the `real` extra.
 
     Which parts to load before is found by simulating the cell; a part that is wanted besides is loaded when it is,
@@ -176,7 +194,7 @@ def run(experiment: Experiment, out: Path | None = None, *, progress: Progress |
     from isthmus.real.cluster import local_ray
     from isthmus.real.emulation import Emulation
 
-    out = out or new_folder(experiment, "emulated")
+    out = _free(out, replace) or new_folder(experiment, "emulated")
     testbed, cells = experiment.testbed, experiment.cells()
     total = len(cells) * sum(map(len, experiment.spec.draw(experiment.spec.seeds[0]).values()))
     warnings = check_emulation(experiment)

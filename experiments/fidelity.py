@@ -115,11 +115,15 @@ def _measure(
             name = f"{setting.model}, {uplink} uplink"
             calibrate(experiment, keep_profiles=number > 0, progress=_named(progress, f"{name}: calibrating"))
             folder = out / f"{setting.model}-{uplink}"
-            simulated = simulate(experiment, folder / "simulated", progress=_named(progress, f"{name}: simulating"))
-            real = run(experiment, folder / "real", progress=_named(progress, f"{name}: running"))
+            simulated = simulate(
+                experiment, folder / "simulated", replace=True, progress=_named(progress, f"{name}: simulating")
+            )
+            real = run(experiment, folder / "real", replace=True, progress=_named(progress, f"{name}: running"))
             again: Run | None = None
             if repeat:
-                again = run(experiment, folder / "repeat", progress=_named(progress, f"{name}: running again"))
+                again = run(
+                    experiment, folder / "repeat", replace=True, progress=_named(progress, f"{name}: running again")
+                )
             found.append(compare(simulated, real, again))
     merged = merge(found)
     report = out / "report.html"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console()
+_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+"""A pipe or a file has no width of its own; 80 columns would break tables that have room."""
+console = Console(width=_WIDTH)
 messages = Console(stderr=True)
 """For what is not the result: progress, notes, errors. Standard output stays clean for --json."""
 
@@ -49,12 +53,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
         pad_edge=False,
         collapse_padding=True,
     )
-    for column in columns:
+    for number, column in enumerate(columns):
+        right = column.endswith(">")
         made.add_column(
-            column.rstrip(">"),
-            justify="right" if column.endswith(">") else "left",
-            overflow="fold",
-            no_wrap=column == columns[0],
+            column.rstrip(">"), justify="right" if right else "left", overflow="fold", no_wrap=right or number == 0
         )
     for row in rows:
         made.add_row(*("–" if cell is None else escape(str(cell)) for cell in row))
@@ -66,7 +68,9 @@ def warn(text: str) -> None:
 
 
 def milliseconds(seconds: float | None) -> str | None:
-    return None if seconds is None or seconds != seconds else f"{seconds * 1e3:.1f}"
+    if seconds is None or seconds != seconds:
+        return None
+    return f"{seconds * 1e3:.1f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
 
 def percent(share: float | None, unit: str = " %") -> str | None:

@@ -92,7 +92,7 @@ def overheads_table(overheads: Overheads, written: Sequence[Path]) -> None:
 def plans_table(rows: Rows, *, cuts: bool) -> None:
     table(
         "Predicted for one request on an idle testbed, at the links' mean rates",
-        ["cut" if cuts else "policy", "plan", "latency ms>", "compute ms>", "links ms>", "energy J>"],
+        ["cut" if cuts else "policy", "plan", "latency\nms>", "compute\nms>", "links\nms>", "energy\nJ>"],
         [
             [
                 r["policy"],
@@ -121,7 +121,8 @@ def run_table(run: Run, trace: Path | None) -> None:
             ]
             for row in summary.to_dict("records")
         ],
-        caption=f"Written to {run.folder}" + (f", trace to {trace}" if trace else ""),
+        caption="completed: in time; figures are of all that was answered, in time or late. "
+        f"Written to {run.folder}" + (f", trace to {trace}" if trace else ""),
     )
     for warning in run.facts.get("warnings", []):
         warn(warning)
@@ -133,20 +134,23 @@ def comparison_tables(comparison: Comparison, report: Path | None) -> None:
     for setting in dict.fromkeys((r["model"], r["link"]) for r in data["rows"]):
         _fidelity_table(setting, [r for r in data["rows"] if (r["model"], r["link"]) == setting], comparison.world)
     console.print(
-        "error: what the profile taken before predicted, against the real run. struct.: per request, when the "
-        "simulator is fed the real run's own part times. repeat: a second real run against the first. overrun: "
-        "requests for which this host was too slow to keep emulated time. Emulated: true parts on this host, "
-        "slowed down.",
+        "err.: of the figures on its left, predicted from a profile taken before, against the real run; with its 95 % "
+        "interval. struct.: per request, when the simulator is fed the real run's own part times. repeat: a second "
+        "real run against the first. overrun: requests for which this host was too slow to keep emulated time. "
+        "Emulated: true parts on this host, slowed down.",
         style="dim",
     )
     tau = data["kendall_tau"]
-    ranking = "No two policies are 10 % apart." if tau is None else f"Kendall τ of the ranking: {tau:.2f}."
+    ranking = "No two policies are 10 % apart." if tau is None else f"Kendall τ of the ranking: {tau:.2f} (1: alike)."
     console.print(
         f"Median error: mean {percent(data['median_mean_error'])}, p95 {percent(data['median_p95_error'])}; "
         f"worst mean {percent(data['worst_mean_error'])}. {ranking}"
     )
-    for warning in comparison.warnings:
+    grave = [warning for warning in comparison.warnings if "INVALID" in warning or "answers" in warning]
+    for warning in grave:
         warn(warning)
+    if more := len(comparison.warnings) - len(grave):
+        warn(f"{more} times this host was busier than is good for an emulation; run.json of each run says when")
     if report is not None:
         console.print(f"Report: [bold]{escape(str(report))}[/]", soft_wrap=True)
 
@@ -157,8 +161,17 @@ def _fidelity_table(setting: tuple[str, str], rows: Rows, world: str) -> None:
     table(
         f"{setting[0]}, {setting[1]} links, {requests} requests per policy; ms, simulated and {world}",
         [
-            *("policy", "mean sim>", "mean real>", "error %>", "(95 %)>", "p95 sim>", "p95 real>", "error %>"),
-            *("struct. ms>", *(["repeat %>"] if repeated else []), "overrun %>"),
+            *(
+                "policy",
+                "mean\nsim>",
+                "mean\nreal>",
+                "err.\n%>",
+                "95 %\nof it>",
+                "p95\nsim>",
+                "p95\nreal>",
+                "err.\n%>",
+            ),
+            *("struct\nms>", *(["repeat\n%>"] if repeated else []), "over-\nrun %>"),
         ],
         [
             [

@@ -15,8 +15,10 @@ and that by the outcome `failed`. The first answer to a request counts, whicheve
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from isthmus.policies.contract import Learner, Policy, Truth, View, is_oracle
 from isthmus.policies.energy import energy_j
@@ -268,4 +270,6 @@ class Dispatcher:
 
     def _raised(self, error: Exception, request: Request) -> PolicyFailure:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        return PolicyFailure(f"policy {self.name!r} raised on request {request.number}: {text}")
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{PurePath(last.filename).name}:{last.lineno}"
+        return PolicyFailure(f"policy {self.name!r} raised on request {request.number}: {text} ({place})")

@@ -88,6 +88,7 @@ def test_simulate_run_compare_report(place):
     done = isthmus("run", "experiment.yaml", "--out", "real", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
     assert [p["completed"] for p in json.loads(done.stdout)["policies"]] == [40, 40, 40]
+    assert not [said for said in json.loads(done.stdout)["warnings"] if "answers" in said]
 
     done = isthmus("compare", "sim", "real", "--json", "--report", "report.html", cwd=place)
     assert done.returncode == 0, done.stderr
@@ -158,6 +159,28 @@ def test_bad_experiments(place, changes, said):
     write(place, changed(**changes))
     fails(isthmus("simulate", "experiment.yaml", "--out", "out", cwd=place), 2, *said)
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["simulat"], "simulat"),
+        (["simulate", "experiment.yaml", "--bogus"], "--bogus"),
+        (["simulate"], "file"),
+        (["simulate", "experiment.yaml", "--requests", "0"], "--requests"),
+    ],
+)
+def test_wrong_use_of_the_command_line(place, arguments, said):
+    done = isthmus(*arguments, cwd=place)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr.lower()
+
+
+def test_a_finished_run_is_not_replaced_unasked(place):
+    assert isthmus("simulate", "experiment.yaml", "--out", "sim", cwd=place).returncode == 0
+    fails(isthmus("simulate", "experiment.yaml", "--out", "sim", cwd=place), 2, "sim", "finished run", "--force")
+    assert isthmus("simulate", "experiment.yaml", "--out", "sim", "--force", cwd=place).returncode == 0
 
 
 def test_bad_files(place):

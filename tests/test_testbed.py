@@ -105,7 +105,7 @@ def test_what_is_wrong_is_named(good, tmp_path, old, new, said):
         (b"\xff\xfe\x00", "not a text file"),
         (b"a\x00b", "not YAML"),
         (b"- 1\n- 2", "found list"),
-        (b"", "found NoneType"),
+        (b"", "is empty"),
         (b"nodes: {a: b: c}", "not YAML"),
     ],
 )

@@ -39,6 +39,8 @@ def read_yaml(path: str | Path) -> Any:
 
 def parse(kind: type[Document], data: Any, *, where: object) -> Document:
     """Validate; the first thing wrong becomes an InputError that names file, field, value and what is allowed."""
+    if data is None:
+        raise InputError("is empty", where=where, allowed=", ".join(kind.model_fields))
     if not isinstance(data, dict):
         raise InputError(
             f"is not a {kind.__name__}: expected fields with values, found {type(data).__name__}", where=where

@@ -179,7 +179,10 @@ class Testbed:
         for name, source in spec.models.items():
             if only_models is None or name in only_models:
                 found = folder / source
-                models[name] = load_model(found if found.is_file() else source, name=name)
+                try:
+                    models[name] = load_model(found if found.is_file() else source, name=name)
+                except InputError as error:
+                    raise InputError(str(error), where=f"{where or spec.name}: models.{name}") from None
         nodes = {n: Node(n, s.slots, s.power, s.slowdown) for n, s in spec.nodes.items()}
         links: dict[LinkId, Link] = {}
         for number, link in enumerate(spec.links):
@@ -289,7 +292,7 @@ def _profile(store: Path, model: Model, label: str) -> Profile:
         raise InputError(
             f"no profile of {model.name!r} on {label!r}",
             where=path,
-            allowed=f"make one with `isthmus profile {model.source} --out {path}`, or calibrate the testbed",
+            allowed=f"make one: `isthmus calibrate EXPERIMENT`, or `isthmus profile {model.source} --out {path}`",
         )
     return Profile.load(path)
 
