@@ -24,7 +24,7 @@ from plotly.offline import get_plotlyjs
 
 from isthmus.experiments.compare import PERCENTILES, Comparison, breakdown, merge
 from isthmus.experiments.run_folder import Run
-from isthmus.policies.records import Kind
+from isthmus.policies.records import Kind, Outcome
 from isthmus.workloads.documents import write_text
 from isthmus.workloads.testbed import Link, LinkId
 
@@ -45,7 +45,6 @@ _OTHER = "#9a9a9a"
 _SMALL = 0.005  # of the longest bar: what never is longer is drawn together with its like
 
 _POINTS = 400  # of a distribution that are drawn; the tail is kept
-_OUTCOMES = ("completed", "late", "dropped", "failed", "unfinished")
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def _section(number: int, subject: Comparison | Run, charts: _Charts) -> dict[st
         ],
         "seeds": spec.seeds,
         "worlds": shown,
-        "outcomes": [o for o in _OUTCOMES if any(o in r["outcomes"] for of in results for r in of["worlds"])],
+        "outcomes": [o for o in map(str, Outcome) if any(o in r["outcomes"] for of in results for r in of["worlds"])],
         "results": results,
         "oracles": oracles,
         "fidelity": None if comparison is None else comparison.to_json(),

@@ -150,7 +150,7 @@ def comparison_tables(comparison: Comparison, report: Path | None) -> None:
     for warning in grave:
         warn(warning)
     if more := len(comparison.warnings) - len(grave):
-        warn(f"{more} times this host was busier than is good for an emulation; run.json of each run says when")
+        warn(f"{more} more in run.json of the runs: this host was busier than is good for an emulation")
     if report is not None:
         console.print(f"Report: [bold]{escape(str(report))}[/]", soft_wrap=True)
 
