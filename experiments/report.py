@@ -26,7 +26,8 @@ from isthmus.experiments.compare import PERCENTILES, Comparison, breakdown, merg
 from isthmus.experiments.run_folder import Run
 from isthmus.policies.records import Kind, Outcome
 from isthmus.workloads.documents import write_text
-from isthmus.workloads.testbed import Link, LinkId
+from isthmus.workloads.routing import LinkId
+from isthmus.workloads.testbed import Link
 
 SIMULATED, REAL = "#2f6db5", "#d9772b"
 """The colours of the two worlds, here and in the template."""

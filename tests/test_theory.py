@@ -76,7 +76,7 @@ def alone(synthetic, distribution: str, slots: int = 1, spread: float = 0.5) -> 
     return synthetic({"device": {"service": service, "slots": slots}}, [])
 
 
-FEW, MANY = 2500, 10_000
+FEW, MANY = 6000, 24_000
 
 
 @pytest.fixture(params=[FEW, pytest.param(MANY, marks=pytest.mark.slow)])
