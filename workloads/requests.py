@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,8 +13,7 @@ from isthmus.workloads.random import stream
 from isthmus.workloads.units import PerSecond, Seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One inference asked for at one time by one source.
 
     `number` counts the requests of one source from 0; (source, number) is the identity in a run. `deadline_s` is on
