@@ -21,7 +21,8 @@ from scipy import stats
 from isthmus.policies.plan import split
 from isthmus.policies.records import Record
 from isthmus.policies.static import Fixed, Local, Remote
-from isthmus.workloads.requests import Poisson, Request, Source
+from isthmus.workloads.arrivals import Poisson
+from isthmus.workloads.requests import Request, Source
 from isthmus.workloads.testbed import Testbed
 
 SEEDS = range(1, 11)

@@ -83,7 +83,7 @@ def _fields(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     kinds = [kind]
     for part in loc:
         inner = [k.model_fields[str(part)].annotation for k in kinds if part in k.model_fields]
-        named = [k for k in kinds if k.__name__ == part]
+        named = [k for k in kinds if k.__name__.lower() == str(part).lower()]  # or a tag: a name in lower case
         kinds = [m for annotation in inner for m in _models(annotation)] if inner else named or kinds
     return list(dict.fromkeys(name for k in kinds for name in k.model_fields))
 

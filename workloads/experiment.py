@@ -39,6 +39,7 @@ class ExperimentSpec(BaseModel):
     def of(cls, fields: Any, folder: Path, where: object = "experiment") -> ExperimentSpec:
         """From the fields of a file; `folder` is what its relative paths start from."""
         spec = parse(cls, fields, where=where)
+        spec = spec.model_copy(update={"workload": tuple(source.resolved(folder) for source in spec.workload)})
         if isinstance(spec.testbed, str):
             file = folder / spec.testbed
             testbed = parse(TestbedSpec, read_yaml(file), where=file)
