@@ -4,7 +4,7 @@ Knows SimPy and rates. Must not know what is shared: bytes over a medium and sec
 
 Flows with one cap between them always have the same rate, so their group needs a single number for all of them: how
 much each member would have been served since the group was last empty. A flow ends when that number has grown by its
-amount (Parekh and Gallager, A generalized processor sharing approach to flow control, 1993, §III: virtual time). An
+amount (Parekh and Gallager, A generalized processor sharing approach to flow control, 1993: virtual time). An
 event costs O(groups under way + log flows), and no flow has a remainder that rounding could wear down.
 """
 

@@ -441,7 +441,7 @@ def holds(theory_s: float, values: list[float], width: float) -> None:
 @pytest.mark.parametrize("rho", [0.5, 0.8])
 @pytest.mark.parametrize(("sizes", "width"), [(constant, 1 / 5), (exponential, 1 / 5), (hyperexponential, 1 / 3)])
 def test_processor_sharing_feels_only_the_mean_size(rho, sizes, width):
-    """M/G/1-PS: E[S] / (1 − ρ), whatever the distribution (Kleinrock, vol. 2, §4.4); M/M/1-PS is 1 / (μ − λ).
+    """M/G/1-PS: E[S] / (1 − ρ), whatever the distribution (Kleinrock, vol. 2, chapter 4); M/M/1-PS is 1 / (μ − λ).
 
     At ρ = 0.8 these are 5 s; in FIFO order they would be 3 s, 5 s and 11 s.
     """
