@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,6 +62,19 @@ class Rate:
         if self.period_s is not None:
             time_s %= self.period_s
         return self.bytes_per_s[int(np.searchsorted(self._starts, time_s, side="right")) - 1]
+
+    def change_after_s(self, time_s: float) -> float:
+        """The next time, always after `time_s`, at which another of the rates begins; infinity if none does."""
+        if len(self.bytes_per_s) == 1:
+            return math.inf
+        begin, inside = 0.0, time_s
+        if self.period_s is not None:
+            inside = time_s % self.period_s
+            begin = time_s - inside
+        piece = bisect_right(self.starts_s, inside)
+        following = self.starts_s[piece] if piece < len(self.starts_s) else self.period_s
+        # By a rounding, `at` may see the change one float later than the sum says.
+        return math.inf if following is None else max(begin + following, math.nextafter(time_s, math.inf))
 
     def finish_s(self, start_s: float, size_bytes: float) -> float:
         """When a transfer that begins at `start_s` has moved `size_bytes`."""
