@@ -23,7 +23,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from isthmus.policies.bill import energy_j, money_usd
-from isthmus.policies.contract import Learner, Policy, Truth, View, is_blind, is_oracle
+from isthmus.policies.contract import Policy, Truth, View, is_blind, is_oracle
 from isthmus.policies.estimators import Estimators
 from isthmus.policies.plan import Compiled, Plan, compile_plan, whole_on
 from isthmus.policies.records import Outcome, Record, Span
@@ -114,7 +114,7 @@ class Dispatcher:
         self._unseen = source, self._known, beliefs.links(0.0), beliefs.nodes(0.0), self._truth
         self._recent: tuple[Plan | None, str, Compiled | None] = None, "", None
         self._bills = testbed.has_power or testbed.has_prices
-        self._learn = policy.learn if isinstance(policy, Learner) else None
+        self._learn: Callable[[Record], None] | None = getattr(policy, "learn", None)
         self._down: set[str] = set()
         self._open: dict[int, Start] = {}
         self._lost: dict[int, list[Span]] = {}

@@ -15,6 +15,7 @@ What happens to a token, and which call does it (all are told the time, as `now`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
@@ -30,7 +31,7 @@ from isthmus.sim.token import Token
 from isthmus.sim.wiring import Leg, Wiring
 from isthmus.workloads.errors import unknown
 from isthmus.workloads.faults import NodeFault
-from isthmus.workloads.requests import Request
+from isthmus.workloads.requests import ClosedLoop, Request
 from isthmus.workloads.testbed import Testbed
 
 Watch = Callable[[Request, int, View, Plan], None]
@@ -50,7 +51,7 @@ class Durations(Protocol):
 
 def simulate(
     testbed: Testbed,
-    requests: Mapping[str, Iterable[Request]],
+    requests: Mapping[str, Iterable[Request] | ClosedLoop],
     policies: Mapping[str, Policy],
     sink: Callable[[Record], None],
     *,
@@ -64,7 +65,8 @@ def simulate(
 ) -> None:
     """Simulate the requests of every source, each under its own policy; `sink` gets each record as it is closed.
 
-    Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. The run ends when nothing
+    Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. A closed loop is told when
+    a request has ended, and asked for the next. The run ends when nothing
     is left to happen, and at the latest `drain_s` after the last arrival; what is open then is `unfinished`.
     `durations` replaces drawn service and decision times (a real run's own, for the structural error). Without `spans`
     records have none. Raises PolicyFailure when a policy raises or plans the impossible.
@@ -78,14 +80,23 @@ def simulate(
 class Home(Armed):
     """A source: its dispatcher, and the requests that are still to arise there. Armed for the next one."""
 
-    __slots__ = ("decide_s", "dispatcher", "estimates", "node", "request", "requests", "spans")
+    __slots__ = ("decide_s", "dispatcher", "estimates", "loop", "node", "request", "requests", "spans", "users")
 
     request: Request
+    users: int
+    """Of a closed loop: those that will still ask, or wait for an answer."""
 
     def __init__(
-        self, dispatcher: Dispatcher, node: FifoNode, requests: Iterator[Request], decide_s: float, spans: bool
+        self,
+        dispatcher: Dispatcher,
+        node: FifoNode,
+        requests: Iterable[Request] | ClosedLoop,
+        decide_s: float,
+        spans: bool,
     ) -> None:
-        self.dispatcher, self.node, self.requests, self.decide_s = dispatcher, node, requests, decide_s
+        self.dispatcher, self.node, self.decide_s = dispatcher, node, decide_s
+        self.loop = requests if isinstance(requests, ClosedLoop) else None
+        self.requests: Iterator[Request] = iter(()) if isinstance(requests, ClosedLoop) else iter(requests)
         self.estimates, self.spans = dispatcher.estimates, spans or dispatcher.wants_spans
 
 
@@ -93,7 +104,7 @@ class _Simulation:
     def __init__(
         self,
         testbed: Testbed,
-        requests: Mapping[str, Iterable[Request]],
+        requests: Mapping[str, Iterable[Request] | ClosedLoop],
         policies: Mapping[str, Policy],
         sink: Callable[[Record], None],
         seed: int,
@@ -120,10 +131,12 @@ class _Simulation:
             dispatcher = Dispatcher(source, policy, testbed, compiler, name=name, watch=watch)
             decide_s = 0.0 if is_oracle(policy) else testbed.overheads.decide_s.get(name, 0.0)
             decide_s *= testbed.nodes[source].slowdown
-            home = Home(dispatcher, self.nodes[source], iter(requests.get(source, ())), decide_s, spans)
-            self.homes[source] = home
+            home = self.homes[source] = Home(dispatcher, self.nodes[source], requests.get(source, ()), decide_s, spans)
             self._sources += 1
-            self._await_next(home, 0.0)
+            if home.loop is None:
+                self._await_next(home, 0.0)
+            else:
+                self._begin_loop(home, home.loop.first())
         for fault in faults:
             self.clock.call(fault.down, partial(self._node_is, fault.node, up=False))
             if fault.up is not None:
@@ -134,6 +147,10 @@ class _Simulation:
             if self._sources or self._open:
                 with few_collections():
                     self.clock.run(until=self._over)
+        except RuntimeError:
+            if self.clock.peek() < math.inf:
+                raise
+            # Nothing is left to happen: what is open waits for an answer that was lost.
         except KeyboardInterrupt:
             self._close_all("interrupted")
             raise
@@ -152,7 +169,11 @@ class _Simulation:
         if request is not None:
             home.request = request
             self.clock.arm(home, request.arrival_s, self._arrives_at)
-            return
+        else:
+            self._exhausted(now)
+
+    def _exhausted(self, now: float) -> None:
+        """A source will ask for nothing more."""
         self._sources -= 1
         if not self._sources:
             self.clock.call(now + self.drain_s, self._stop)
@@ -164,11 +185,38 @@ class _Simulation:
         self._await_next(home, now)
         self._carry_out(home, actions, now)
 
+    def _begin_loop(self, home: Home, requests: Sequence[Request]) -> None:
+        home.users = len(requests)
+        for request in requests:
+            self._ask(home, request)
+        if not requests:
+            self._exhausted(0.0)
+
+    def _ask(self, home: Home, request: Request) -> None:
+        """A user of a closed loop will ask."""
+        self._open += 1  # from now on: who is thinking is not done
+        self.clock.call(request.arrival_s, partial(self._asked, home, request))
+
+    def _asked(self, home: Home, request: Request) -> None:
+        now = request.arrival_s
+        self._carry_out(home, home.dispatcher.arrive(request, now), now)
+
+    def _ask_again(self, home: Home, loop: ClosedLoop, now: float) -> None:
+        request = loop.after(now)
+        if request is not None:
+            self._ask(home, request)
+            return
+        home.users -= 1
+        if not home.users:
+            self._exhausted(now)
+
     def _carry_out(self, home: Home, actions: Sequence[Action], now: float) -> None:
         for action in actions:
             if type(action) is Start:
                 self._begin(home, action, now)
             elif type(action) is Record:
+                if home.loop is not None:
+                    self._ask_again(home, home.loop, now)
                 self._keep(action)
             else:
                 assert type(action) is Timer
