@@ -24,11 +24,12 @@ from isthmus.policies.contract import Policy, View, is_oracle
 from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
 from isthmus.policies.plan import Compiled, Plan
 from isthmus.policies.records import Kind, Record, Span
-from isthmus.sim.clock import Armed, Clock, few_collections
+from isthmus.sim.arrivals import Arrivals
+from isthmus.sim.clock import Clock, few_collections
 from isthmus.sim.link import FifoLink
 from isthmus.sim.node import FifoNode
 from isthmus.sim.token import Token
-from isthmus.sim.wiring import Leg, Wiring
+from isthmus.sim.wiring import Leg, Wired, Wiring
 from isthmus.workloads.errors import unknown
 from isthmus.workloads.faults import NodeFault
 from isthmus.workloads.requests import ClosedLoop, Request
@@ -77,12 +78,13 @@ def simulate(
     _Simulation(testbed, requests, policies, sink, seed, name, faults, drain_s, durations, watch, spans).run()
 
 
-class Home(Armed):
-    """A source: its dispatcher, and the requests that are still to arise there. Armed for the next one."""
+class Home:
+    """A source: its dispatcher, and its closed loop if it has one."""
 
-    __slots__ = ("decide_s", "dispatcher", "estimates", "loop", "node", "request", "requests", "spans", "users")
+    __slots__ = ("decide_s", "dispatcher", "estimates", "loop", "node", "spans", "users", "wired")
 
-    request: Request
+    wired: Wired | None
+    """The plan that it used last."""
     users: int
     """Of a closed loop: those that will still ask, or wait for an answer."""
 
@@ -90,13 +92,11 @@ class Home(Armed):
         self,
         dispatcher: Dispatcher,
         node: FifoNode,
-        requests: Iterable[Request] | ClosedLoop,
+        loop: ClosedLoop | None,
         decide_s: float,
         spans: bool,
     ) -> None:
-        self.dispatcher, self.node, self.decide_s = dispatcher, node, decide_s
-        self.loop = requests if isinstance(requests, ClosedLoop) else None
-        self.requests: Iterator[Request] = iter(()) if isinstance(requests, ClosedLoop) else iter(requests)
+        self.dispatcher, self.node, self.loop, self.decide_s, self.wired = dispatcher, node, loop, decide_s, None
         self.estimates, self.spans = dispatcher.estimates, spans or dispatcher.wants_spans
 
 
@@ -118,25 +118,31 @@ class _Simulation:
         self.clock = Clock()
         self.testbed, self.sink, self.drain_s, self.durations, self.spans = testbed, sink, drain_s, durations, spans
         self._arrived_at, self._received_at = (self._arrived,), (self._received_later,)
-        self._answered_at, self._arrives_at = (self._answered,), (self._arrive,)
+        self._answered_at = (self._answered,)
         self.nodes = {n: FifoNode(self.clock, n, it.slots, (self._computed,)) for n, it in testbed.nodes.items()}
         links = {i: FifoLink(self.clock, link, self._arrived_at) for i, link in testbed.links.items()}
         self._wire = Wiring(testbed, self.nodes, links, seed)
         self._wake_s = testbed.overheads.wake_s
         compiler = Compiler(testbed)
         self._over = self.clock.event()
-        self._open = self._sources = 0
+        self._open = 0
+        open_loops: list[tuple[Home, Iterator[Request]]] = []
         self.homes: dict[str, Home] = {}
         for source, policy in policies.items():
             dispatcher = Dispatcher(source, policy, testbed, compiler, name=name, watch=watch)
             decide_s = 0.0 if is_oracle(policy) else testbed.overheads.decide_s.get(name, 0.0)
             decide_s *= testbed.nodes[source].slowdown
-            home = self.homes[source] = Home(dispatcher, self.nodes[source], requests.get(source, ()), decide_s, spans)
-            self._sources += 1
-            if home.loop is None:
-                self._await_next(home, 0.0)
-            else:
-                self._begin_loop(home, home.loop.first())
+            asked = requests.get(source, ())
+            loop = asked if isinstance(asked, ClosedLoop) else None
+            home = self.homes[source] = Home(dispatcher, self.nodes[source], loop, decide_s, spans)
+            if not isinstance(asked, ClosedLoop):
+                open_loops.append((home, iter(asked)))
+        loops = [home for home in self.homes.values() if home.loop is not None]
+        self._sources = 1 + len(loops)
+        self._arrivals = Arrivals(self.clock, open_loops, self._arrive, self._exhausted)
+        self._arrivals.begin()
+        for home in loops:
+            self._begin_loop(home)
         for fault in faults:
             self.clock.call(fault.down, partial(self._node_is, fault.node, up=False))
             if fault.up is not None:
@@ -164,28 +170,19 @@ class _Simulation:
 
     # Requests come and go
 
-    def _await_next(self, home: Home, now: float) -> None:
-        request = next(home.requests, None)
-        if request is not None:
-            home.request = request
-            self.clock.arm(home, request.arrival_s, self._arrives_at)
-        else:
-            self._exhausted(now)
-
     def _exhausted(self, now: float) -> None:
-        """A source will ask for nothing more."""
+        """Of all open sources together, or of a closed loop, nothing more will come."""
         self._sources -= 1
         if not self._sources:
             self.clock.call(now + self.drain_s, self._stop)
 
-    def _arrive(self, home: Home) -> None:
-        now, request = home.at_s, home.request
+    def _arrive(self, home: Home, request: Request, now: float) -> None:
         self._open += 1
-        actions = home.dispatcher.arrive(request, now)
-        self._await_next(home, now)
-        self._carry_out(home, actions, now)
+        self._carry_out(home, home.dispatcher.arrive(request, now), now)
 
-    def _begin_loop(self, home: Home, requests: Sequence[Request]) -> None:
+    def _begin_loop(self, home: Home) -> None:
+        assert home.loop is not None
+        requests = home.loop.first()
         home.users = len(requests)
         for request in requests:
             self._ask(home, request)
@@ -247,7 +244,9 @@ class _Simulation:
     # One attempt
 
     def _begin(self, home: Home, start: Start, now: float) -> None:
-        wired = self._wire(start.compiled)
+        wired = home.wired
+        if wired is None or wired.compiled is not start.compiled:
+            wired = home.wired = self._wire(start.compiled)
         missing = None if wired.needs is None else list(wired.needs)
         token = Token(start, home, wired, [] if home.spans else None, missing)
         if start.decided:
