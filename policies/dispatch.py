@@ -285,7 +285,7 @@ class Dispatcher:
             _, correct, error, overruns = answer
             if self._bills:
                 energy, money = energy_j(spans, self._testbed), money_usd(spans, self._testbed)
-        plan = None if compiled is None else compiled.plan.to_json()
+        plan = None if compiled is None else compiled.text
         record: Record = new(
             Record,
             (number, self.source, request.model, request.arrival_s, request.deadline_s, now_s, outcome, reason, plan,
