@@ -168,7 +168,7 @@ def simulate(
                     progress(done, total, label)
 
             simulate_cell(
-                testbed,
+                testbed.at_seed(seed),
                 experiment.spec.draw(seed),
                 experiment.make(policy, seed),
                 sink,
@@ -279,7 +279,7 @@ def planned(experiment: Experiment, policy: PolicySpec, seed: int) -> set[Plan]:
         plans.add(plan)
 
     simulate_cell(
-        experiment.testbed,
+        experiment.testbed.at_seed(seed),
         experiment.spec.draw(seed),
         experiment.make(policy, seed),
         lambda record: None,

@@ -21,7 +21,7 @@ def foresee(experiment: Experiment, *, cuts: bool = False) -> list[dict[str, Any
 
     Nothing else is going on, and links have their mean rates.
     """
-    testbed, rows = experiment.testbed, []
+    testbed, rows = experiment.testbed.at_seed(experiment.spec.seeds[0]), []
     for source in experiment.spec.workload:
         request = Request(0, source.node, source.model, 0.0)
         if cuts:

@@ -13,54 +13,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import networkx as nx
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError, unknown
 from isthmus.workloads.model import Model, load_model
 from isthmus.workloads.overheads import Overheads
 from isthmus.workloads.profile import Profile
+from isthmus.workloads.random import stream
 from isthmus.workloads.rate import Rate
+from isthmus.workloads.rates import Constant, Drawn, RateSpec, Schedule
 from isthmus.workloads.service import Measured, Service, Synthetic, SyntheticSpec
-from isthmus.workloads.units import Seconds, Watt, parse_rate, parse_time
+from isthmus.workloads.trace_file import TraceFile
+from isthmus.workloads.units import Seconds, Watt
 
 LinkId = tuple[str, str]  # (from, to): one direction
-
-
-def _rate(value: Any) -> Any:
-    """`20Mbit`, or a schedule `[[0s, 20Mbit], [5s, 4Mbit]]` in which 0 is an outage."""
-    if not isinstance(value, list | tuple):
-        return ((0.0, parse_rate(value)),)
-    pairs = []
-    for entry in value:
-        if not isinstance(entry, list | tuple) or len(entry) != 2:
-            raise InputError(f"{entry!r} is not a pair of time and rate", allowed="[[0s, 20Mbit], [5s, 4Mbit], …]")
-        time, rate = entry
-        pairs.append((parse_time(time), 0.0 if rate == 0 else parse_rate(rate)))
-    return tuple(pairs)
-
-
-def _rate_or_value_error(value: Any) -> Any:
-    try:
-        return _rate(value)
-    except InputError as error:
-        raise ValueError(str(error)) from None
-
-
-_TYPED = {"type": ["string", "number"]}
-RateSpec = Annotated[
-    tuple[tuple[float, float], ...],
-    BeforeValidator(_rate_or_value_error),
-    WithJsonSchema(
-        {
-            "description": "rate, such as 20Mbit, or pairs of time and rate, such as [[0s, 20Mbit], [5s, 0]]",
-            "anyOf": [
-                _TYPED,
-                {"type": "array", "items": {"type": "array", "items": _TYPED, "minItems": 2, "maxItems": 2}},
-            ],
-        }
-    ),
-]
 NodeName = Annotated[str, Field(pattern=r"^[^\s>]+$")]  # records write a link as `a>b`
 
 
@@ -101,13 +68,41 @@ class DirectionSpec(_Spec):
 
 
 class LinkSpec(_Spec):
-    """A link between two nodes. `back` is the second node to the first; what it leaves out is as on the way there."""
+    """A link between two nodes. `back` is the second node to the first; what it leaves out is as on the way there.
+
+    A rate that is drawn is drawn for each direction, also where both are described alike.
+    """
 
     between: tuple[str, str]
     rate: RateSpec
     period: Seconds | None = Field(default=None, description="after which a schedule of rates repeats")
     latency: Seconds = 0.0
     back: DirectionSpec = DirectionSpec()
+
+    @model_validator(mode="after")
+    def _periods_are_of_schedules(self) -> LinkSpec:
+        self.directions()
+        return self
+
+    def directions(self) -> tuple[tuple[LinkId, RateSpec, float], ...]:
+        """There and back: ends, rate, latency in seconds."""
+        (a, b), back = self.between, self.back
+        rate = self.rate if back.rate is None else back.rate
+        period = self.period if back.rate is None and back.period is None else back.period
+        latency = self.latency if back.latency is None else back.latency
+        return (
+            ((a, b), _repeating(self.rate, self.period), self.latency),
+            ((b, a), _repeating(rate, period), latency),
+        )
+
+
+def _repeating(rate: RateSpec, period: float | None) -> RateSpec:
+    """A rate with the `period` that stands beside it."""
+    if period is None or isinstance(rate, Constant):
+        return rate
+    if isinstance(rate, Schedule):
+        return rate.model_copy(update={"period": period})
+    raise ValueError(f"has a `period`, and a rate of the kind {rate.kind!r}, which has its own (allowed: a schedule)")
 
 
 class TestbedSpec(_Spec):
@@ -120,6 +115,35 @@ class TestbedSpec(_Spec):
     nodes: dict[NodeName, NodeSpec] = Field(min_length=1)
     links: tuple[LinkSpec, ...] = ()
     profiles: str = Field(default="profiles", description="folder with the measured profiles, relative to this file")
+
+    @property
+    def traces(self) -> list[str]:
+        """The trace files of its links."""
+        rates = (rate for link in self.links for rate in (link.rate, link.back.rate))
+        return list(dict.fromkeys(rate.file for rate in rates if isinstance(rate, TraceFile)))
+
+    def with_traces(self, name: Callable[[str], str]) -> TestbedSpec:
+        """The same testbed with its trace files under other names."""
+
+        def renamed(rate: RateSpec | None) -> RateSpec | None:
+            return rate.model_copy(update={"file": name(rate.file)}) if isinstance(rate, TraceFile) else rate
+
+        links = [
+            link.model_copy(
+                update={
+                    "rate": renamed(link.rate),
+                    "back": link.back.model_copy(update={"rate": renamed(link.back.rate)}),
+                }
+            )
+            for link in self.links
+        ]
+        return self.model_copy(update={"links": tuple(links)})
+
+    def moved(self, way: Path, folder: Path) -> TestbedSpec:
+        """As it reads in `folder`, when its own folder is `way` from there: profiles, traces, and models in files."""
+        models = {n: str(way / m) if (folder / way / m).is_file() else m for n, m in self.models.items()}
+        spec = self.with_traces(lambda file: str(way / file))
+        return spec.model_copy(update={"models": models, "profiles": str(way / self.profiles)})
 
 
 @dataclass(frozen=True)
@@ -153,6 +177,7 @@ class Testbed:
     services: Mapping[tuple[str, str], Service]
     overheads: Overheads
     spec: TestbedSpec
+    """What it was built from, with trace files by absolute path."""
 
     @classmethod
     def load(cls, path: str | Path) -> Testbed:
@@ -169,8 +194,9 @@ class Testbed:
         where: object = None,
         need_profiles: bool = True,
         only_models: frozenset[str] | None = None,
+        seed: int = 1,
     ) -> Testbed:
-        """From a description. `folder` is what its relative paths start from.
+        """From a description. `folder` is what its relative paths start from; `seed` is that of rates that are drawn.
 
         Without `need_profiles` nodes that take a measured profile get no service times: calibration starts so.
         `only_models` leaves the others out, so that a testbed of many models asks for the profiles it needs.
@@ -184,30 +210,7 @@ class Testbed:
                 except InputError as error:
                     raise InputError(str(error), where=f"{where or spec.name}: models.{name}") from None
         nodes = {n: Node(n, s.slots, s.power, s.slowdown) for n, s in spec.nodes.items()}
-        links: dict[LinkId, Link] = {}
-        for number, link in enumerate(spec.links):
-            field = f"{where or spec.name}: links[{number}]"
-            for end in link.between:
-                if end not in nodes:
-                    raise unknown("node", end, nodes, where=f"{field}.between")
-            there = link.between
-            if there[0] == there[1]:
-                raise InputError(f"{there[0]!r} is linked to itself", where=f"{field}.between")
-            if there in links:
-                raise InputError(f"{there[0]!r} and {there[1]!r} are linked twice", where=f"{field}.between")
-            back = link.back
-            back_rate = link.rate if back.rate is None else back.rate
-            back_period = link.period if back.rate is None and back.period is None else back.period
-            back_latency = link.latency if back.latency is None else back.latency
-            for ends, rate, period, latency, part in (
-                (there, link.rate, link.period, link.latency, "rate"),
-                ((there[1], there[0]), back_rate, back_period, back_latency, "back.rate"),
-            ):
-                try:
-                    made = Rate(tuple(t for t, _ in rate), tuple(r for _, r in rate), period)
-                except InputError as error:
-                    raise InputError(error.problem, where=f"{field}.{part}", allowed=error.allowed) from None
-                links[ends] = Link(ends, made, latency)
+        links = realise_links(spec, folder=folder, where=where, seed=seed)
         services: dict[tuple[str, str], Service] = {}
         store = folder / spec.profiles
         for name, node in spec.nodes.items():
@@ -216,21 +219,30 @@ class Testbed:
                     services[name, model.name] = Synthetic(model, node.service)
                 elif need_profiles:
                     services[name, model.name] = Measured(model, _profile(store, model, node.profile), node.slowdown)
+        spec = spec.with_traces(lambda file: str((folder / file).resolve()))
         return cls(spec.name, models, nodes, links, services, Overheads.find(store), spec)
+
+    def at_seed(self, seed: int) -> Testbed:
+        """The same testbed with the rates that this seed draws; itself where nothing is drawn."""
+        drawn = {
+            ends: replace(self.links[ends], rate=rate.draw(stream(seed, *ends, "rate")))
+            for link in self.spec.links
+            for ends, rate, _ in link.directions()
+            if isinstance(rate, Drawn)
+        }
+        return replace(self, links={**self.links, **drawn}) if drawn else self
 
     @cached_property
     def nominal(self) -> Testbed:
         """The same testbed as a controller may know it: every link at its mean rate, always, in its `spec` as well."""
 
-        def mean(link: LinkId) -> Rate:
-            return Rate.constant(self.links[link].rate.mean_bytes_per_s)
-
         def told(spec: LinkSpec) -> LinkSpec:
             a, b = spec.between
-            there, back = ({"rate": ((0.0, *mean(i).bytes_per_s),), "period": None} for i in ((a, b), (b, a)))
+            known = (self.links[i].rate.mean_bytes_per_s for i in ((a, b), (b, a)))
+            there, back = ({"rate": Constant(rate=rate), "period": None} for rate in known)
             return spec.model_copy(update={**there, "back": spec.back.model_copy(update=back)})
 
-        links = {i: replace(link, rate=mean(i)) for i, link in self.links.items()}
+        links = {i: replace(x, rate=Rate.constant(x.rate.mean_bytes_per_s)) for i, x in self.links.items()}
         spec = self.spec.model_copy(update={"links": tuple(told(link) for link in self.spec.links)})
         return replace(self, links=links, spec=spec)
 
@@ -284,6 +296,37 @@ class Testbed:
     def __getstate__(self) -> dict[str, Any]:
         # Routes are found again where they are needed; the cache of a local function does not pickle.
         return {k: v for k, v in self.__dict__.items() if k not in ("_routes", "graph", "nominal")}
+
+
+def realise_links(
+    spec: TestbedSpec, *, folder: Path = Path(), where: object = None, seed: int = 1
+) -> dict[LinkId, Link]:
+    """Both directions of every link, with the rates that files hold and that the seed draws.
+
+    InputError names the field, and the line of a trace file.
+    """
+    links: dict[LinkId, Link] = {}
+    known: dict[RateSpec, Rate] = {}  # a file is read once, whoever names it
+    for number, link in enumerate(spec.links):
+        field = f"{where or spec.name}: links[{number}]"
+        for end in link.between:
+            if end not in spec.nodes:
+                raise unknown("node", end, spec.nodes, where=f"{field}.between")
+        a, b = link.between
+        if a == b:
+            raise InputError(f"{a!r} is linked to itself", where=f"{field}.between")
+        if (a, b) in links:
+            raise InputError(f"{a!r} and {b!r} are linked twice", where=f"{field}.between")
+        for (ends, rate, latency_s), part in zip(link.directions(), ("rate", "back.rate"), strict=True):
+            try:
+                made = known.get(rate) or rate.realise(folder, stream(seed, *ends, "rate"))
+            except InputError as error:
+                problem = error.problem if error.where is None else f"{error.where}: {error.problem}"
+                raise InputError(problem, where=f"{field}.{part}", allowed=error.allowed) from None
+            if not isinstance(rate, Drawn):
+                known[rate] = made
+            links[ends] = Link(ends, made, latency_s)
+    return links
 
 
 def _profile(store: Path, model: Model, label: str) -> Profile:
