@@ -86,6 +86,8 @@ def test_csv(tmp_path):
     for separator in ";\t":
         again = read(tmp_path / "l.csv", CSV.replace(",", separator), time="time", rate="uplink")
         assert again == rate
+    for named in ({"time": "t"}, {"rate": "r"}):
+        assert mbit(read(tmp_path / "l.csv", "r,t\n8,1\n16,2\n", **named)) == [8, 16]
     two = read(tmp_path / "l.csv", "\ufeffms,kbit\n0,8\n500,16\n", time_unit="ms", unit="kbit")
     assert (two.starts_s, two.bytes_per_s) == ((0, 0.5), (1000, 2000))
     assert read(tmp_path / "l.csv", "a,b\n0,8,9,10\n1,8,9,10\n").bytes_per_s == (1e6, 1e6)

@@ -3,8 +3,8 @@
     mahimahi  one millisecond timestamp per line, each a chance to deliver 1500 bytes; equal timestamps are several
               chances. The rate is the mean of each window of `step`. Times count from 0, and the period is the last one
     pairs     time and rate per line, `seconds Mbit/s` unless `time_unit` and `unit` say otherwise
-    csv       a header, then rows; `time` and `rate` name the columns, which a file of two columns may leave out: the
-              time is then the first. Separated by what is most frequent in the header: comma, semicolon or tab
+    csv       a header, then rows; `time` and `rate` name the columns. Of two columns the time is the first, unless one
+              is named otherwise. Separated by what is most frequent in the header: comma, semicolon or tab
 
 A `#` begins a comment; fields of `pairs` are separated by blanks or a comma. Times of `pairs` and `csv` increase, and
 are counted from the first one: logs begin at any epoch. A trace repeats after its last time and the median step, as
@@ -106,19 +106,24 @@ class TraceFile(BaseModel):
         names = [name.strip() for name in next(csv.reader([header], delimiter=separator, skipinitialspace=True))]
         if all(map(_is_number, names)):
             raise InputError(f"{_short(header)} is no header", where=f"{path}:{number}", allowed="names of columns")
-        chosen = []
-        for index, (what, name) in enumerate((("time", self.time), ("rate", self.rate))):
-            if name is None and len(names) != 2:
+        chosen = {"time": self.time, "rate": self.rate}
+        if len(names) == 2:
+            first, second = names
+            chosen["time"] = self.time or (second if self.rate == first else first)
+            chosen["rate"] = self.rate or (first if self.time == second else second)
+        columns = []
+        for what, name in chosen.items():
+            if name is None:
                 raise InputError(
                     f"has {len(names)} columns, and no `{what}` says which one is the {what}",
                     where=f"{path}:{number}", allowed=", ".join(names),
                 )  # fmt: skip
-            if name is not None and name not in names:
+            if name not in names:
                 raise unknown("column", name, names, where=f"{path}:{number}")
-            chosen.append(index if name is None else names.index(name))
+            columns.append(names.index(name))
         try:
             table = pd.read_csv(
-                io.StringIO(text), sep=separator, usecols=sorted(set(chosen)), comment="#", skipinitialspace=True,
+                io.StringIO(text), sep=separator, usecols=sorted(set(columns)), comment="#", skipinitialspace=True,
                 keep_default_na=False, index_col=False, low_memory=False,
             )  # fmt: skip
         except (ValueError, pd.errors.ParserError) as error:
@@ -130,8 +135,8 @@ class TraceFile(BaseModel):
             return f"{path}:{_line(text, row + 1)}"
 
         found: list[Floats] = []
-        for index in chosen:
-            column = table.iloc[:, sorted(set(chosen)).index(index)]
+        for index in columns:
+            column = table.iloc[:, sorted(set(columns)).index(index)]
             values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=float)
             if len(wrong := np.flatnonzero(np.isnan(values))):
                 row = int(wrong[0])
