@@ -25,7 +25,7 @@ from isthmus.workloads.errors import InputError
 from isthmus.workloads.experiment import ExperimentSpec
 from isthmus.workloads.profile import Profile
 from isthmus.workloads.progress import Progress
-from isthmus.workloads.random import stream
+from isthmus.workloads.random import Uniforms
 from isthmus.workloads.requests import Request
 from isthmus.workloads.service import Measured
 from isthmus.workloads.testbed import Testbed, TestbedSpec, profile_path
@@ -92,10 +92,7 @@ class Experiment:
 
     def make(self, policy: PolicySpec, seed: int) -> dict[str, Policy]:
         """A fresh policy for every source, each with a seed of its own."""
-        return {
-            source.node: policy.make(int(stream(seed, "policy", source.node).integers(2**31)))
-            for source in self.spec.workload
-        }
+        return {node: policy.make(int(Uniforms(seed, "policy", node)[0] * 2**31)) for node in self.spec.sources}
 
     @property
     def oracles(self) -> list[str]:
@@ -208,7 +205,7 @@ def run(
             told = partial(_told, progress, number * total // len(cells), total, policy.label)
             told(0)
             emulation.prepare(
-                planned(experiment, policy, seed), {s.node: s.model for s in experiment.spec.workload}, seed
+                planned(experiment, policy, seed), {n: s.model for n, s in experiment.spec.sources.items()}, seed
             )
             felt = emulation.run_cell(
                 experiment.spec.draw(seed),
@@ -312,7 +309,7 @@ def calibrate(
             where=experiment.where,
             allowed="calibrating one host at a time",
         )
-    sources = {source.model: source for source in experiment.spec.workload}
+    sources = {source.model: source for source in experiment.spec.sources.values()}
     written: list[Path] = []
     with local_ray() as ray:
         [label] = labels or {""}
@@ -324,7 +321,7 @@ def calibrate(
                 path = profile_path(experiment.store, profile.model, label)
                 profile.save(path)
         testbed = experiment.build_testbed()
-        first = experiment.spec.workload[0]
+        first = next(iter(experiment.spec.sources.values()))
         policies = {p.label: p.make(0) for p in experiment.policies}
         overheads = measure_overheads(ray, testbed, policies, first.node, first.model, progress)
         late = []

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from isthmus.experiments.execute import Experiment
+from isthmus.policies.bill import energy_j
 from isthmus.policies.contract import View
 from isthmus.policies.cost import latency_s, predict
 from isthmus.policies.dispatch import Compiler, Dispatcher
-from isthmus.policies.energy import energy_j
 from isthmus.policies.plan import Plan, split
 from isthmus.policies.records import Kind
 from isthmus.policies.static import Local, server_for
@@ -23,12 +23,13 @@ def foresee(experiment: Experiment, *, cuts: bool = False) -> list[dict[str, Any
     """
     testbed, rows = experiment.testbed.at_seed(experiment.spec.seeds[0]), []
     for source in experiment.spec.workload:
-        request = Request(0, source.node, source.model, 0.0)
+        node = experiment.testbed_spec.members(source.node)[0]  # the others of a group are alike
+        request = Request(0, node, source.model, 0.0)
         if cuts:
             model = testbed.models[source.model]
-            view = Dispatcher(source.node, Local(), testbed, Compiler(testbed)).view(0.0)
+            view = Dispatcher(node, Local(), testbed, Compiler(testbed)).view(0.0)
             server = server_for(None, request, view)
-            plans = [(str(c.index), split(model, (c.index,), (source.node, server))) for c in model.cuts]
+            plans = [(str(c.index), split(model, (c.index,), (node, server))) for c in model.cuts]
         else:
             plans = []
             for policy in experiment.policies:
@@ -38,7 +39,7 @@ def foresee(experiment: Experiment, *, cuts: bool = False) -> list[dict[str, Any
                     into.append(plan)
 
                 dispatcher = Dispatcher(
-                    source.node,
+                    node,
                     policy.make(experiment.spec.seeds[0]),
                     testbed,
                     Compiler(testbed),

@@ -24,17 +24,20 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from isthmus.policies.contract import View, decision_row
 from isthmus.policies.plan import Plan
-from isthmus.policies.records import REQUEST_COLUMNS, SPAN_COLUMNS, Outcome, Record, request_row, span_rows
+from isthmus.policies.records import REQUEST_COLUMNS, SPAN_COLUMNS, Outcome, Record, Span
 from isthmus.workloads.documents import parse
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.experiment import ExperimentSpec
@@ -43,33 +46,49 @@ from isthmus.workloads.service import Measured
 from isthmus.workloads.testbed import Testbed, TestbedSpec, profile_path
 
 SCHEMA_VERSION = 1
-_ROWS = 20_000
 _COPIED_BYTES = 16 * 2**20
+_CHUNK = 2_000
+"""Records that are kept as they are, before they become columns; few, so that they are still in the cache then."""
+_ROW_GROUP = 100_000
 _PACKAGES = ("isthmus", "numpy", "onnx", "onnxruntime", "simpy", "ray")
+_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
 
 class _Table:
-    """Rows in, row groups out; memory holds one row group."""
+    """Columns in, row groups out; memory holds one row group."""
 
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
-        types = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
-        self._schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
-        self._rows: list[dict[str, Any]] = []
-        self._writer = pq.ParquetWriter(self.partial, self._schema, compression="zstd")
+        self._schema = pa.schema([(name, _TYPES[kind]) for name, kind in columns.items()])
+        self._batches: list[pa.RecordBatch] = []
+        self._rows = 0
+        text = [name for name, kind in columns.items() if kind == "string"]  # times are all different
+        self._writer = pq.ParquetWriter(self.partial, self._schema, compression="zstd", use_dictionary=text)
 
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        self._rows.extend(rows)
-        if len(self._rows) >= _ROWS:
+    def add(self, columns: Mapping[str, Any]) -> None:
+        """Values by column, all of one length; one that is not there is null."""
+        rows = len(next(iter(columns.values())))
+        arrays = [
+            pa.nulls(rows, field.type) if field.name not in columns else _array(columns[field.name], field.type)
+            for field in self._schema
+        ]
+        self._batches.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        self._rows += rows
+        if self._rows >= _ROW_GROUP:
             self._flush()
 
     def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-        self._rows.clear()
+        if self._batches:
+            try:
+                self._writer.write_table(pa.Table.from_batches(self._batches))
+            except OSError as error:
+                raise RunFailure(f"{self.path}: cannot be written: {error.strerror or error}") from None
+            self._batches.clear()
+            self._rows = 0
 
     def close(self, *, whole: bool) -> None:
         try:
-            if whole and self._rows:
+            if whole:
                 self._flush()
         finally:
             self._writer.close()
@@ -77,6 +96,47 @@ class _Table:
             os.replace(self.partial, self.path)
         else:
             self.partial.unlink(missing_ok=True)
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    return values if isinstance(values, pa.Array) else pa.array(values, kind)
+
+
+class _Sink:
+    """Takes the records of one policy and seed, and turns them into columns, many at a time."""
+
+    def __init__(self, requests: _Table, spans: _Table | None, policy: str, seed: int) -> None:
+        self._requests, self._spans = requests, spans
+        self._policy, self._seed = policy, seed
+        self._records: list[Record] = []
+
+    def keep(self, record: Record) -> None:
+        self._records.append(record)
+        if len(self._records) >= _CHUNK:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._records:
+            return
+        columns = dict(zip(Record._fields, zip(*self._records, strict=True), strict=True))
+        spans = columns.pop("spans")
+        arrival_s, end_s = (pa.array(columns[name], pa.float64()) for name in ("arrival_s", "end_s"))
+        latency_s = pc.subtract(end_s, arrival_s)
+        count = len(self._records)
+        self._requests.add(
+            {**columns, **self._cell(count), "arrival_s": arrival_s, "end_s": end_s, "latency_s": latency_s}
+        )
+        if self._spans is not None and (rows := list(chain.from_iterable(spans))):
+            lengths = [len(of) for of in spans]
+            which = pa.array(np.repeat(np.arange(count), lengths))
+            of = {name: pa.array(columns[name]).take(which) for name in ("source", "number")}
+            self._spans.add(
+                {**dict(zip(Span._fields, zip(*rows, strict=True), strict=True)), **of, **self._cell(len(rows))}
+            )
+        self._records.clear()
+
+    def _cell(self, rows: int) -> dict[str, pa.Array]:
+        return {"policy": pa.repeat(self._policy, rows), "seed": pa.repeat(pa.scalar(self._seed, pa.int64()), rows)}
 
 
 class RunWriter:
@@ -95,21 +155,20 @@ class RunWriter:
             _keep_inputs(folder, testbed)
             self._requests = _Table(folder / "requests.parquet", REQUEST_COLUMNS)
             self._spans = _Table(folder / "spans.parquet", SPAN_COLUMNS)
+            self._sink: _Sink | None = None
             self._decisions = (folder / "decisions.jsonl.partial").open("w", encoding="utf-8")
         except OSError as error:
             raise RunFailure(f"{folder}: cannot be written: {error.strerror or error}") from None
 
-    def sink(self, policy: str, seed: int) -> Callable[[Record], None]:
-        """Where the records of one policy and seed go."""
+    def sink(self, policy: str, seed: int, *, spans: bool = True) -> Callable[[Record], None]:
+        """Where the records of one policy and seed go. Without `spans` only the request is kept."""
+        self._flush()
+        self._sink = _Sink(self._requests, self._spans if spans else None, policy, seed)
+        return self._sink.keep
 
-        def keep(record: Record) -> None:
-            try:
-                self._requests.add([request_row(record, policy, seed)])
-                self._spans.add(span_rows(record, policy, seed))
-            except OSError as error:
-                raise RunFailure(f"{self.folder}: cannot be written: {error.strerror or error}") from None
-
-        return keep
+    def _flush(self) -> None:
+        if self._sink is not None:
+            self._sink.flush()
 
     def watch(self, policy: str, seed: int) -> Callable[[Request, int, View, Plan], None]:
         """Where the decisions of one policy and seed go."""
@@ -140,6 +199,8 @@ class RunWriter:
                 os.replace(partial, self.folder / "decisions.jsonl")
             else:
                 partial.unlink()
+            if whole:
+                self._flush()
             self._requests.close(whole=whole)
             self._spans.close(whole=whole)
             if whole:

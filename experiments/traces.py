@@ -64,16 +64,17 @@ def find_traces(path: str | Path, *, seed: int | None = None, **columns: str | N
 
 
 def _of_links(testbed: TestbedSpec, path: Path, seed: int) -> list[Trace]:
-    """Both directions of every link; as one where they are the same rate."""
+    """Both directions of every link; as one where they are the same rate. Of a group with drawn rates, its first."""
     links = realise_links(testbed, folder=path.parent, where=path, seed=seed)
     found = []
     for link in testbed.links:
-        (there, rate, _), (back, rate_back, _) = link.directions()
-        if links[there].rate == links[back].rate:
-            found.append(Trace(" ⇄ ".join(there), _kind(rate, seed), links[there].rate))
-        else:
-            for ends, spec in ((there, rate), (back, rate_back)):
-                found.append(Trace(" → ".join(ends), _kind(spec, seed), links[ends].rate))
+        (there, rate, _), (back, rate_back, _) = testbed.directed(link)
+        if links[there[0]].rate == links[back[0]].rate:
+            found.append(Trace(" ⇄ ".join(link.between), _kind(rate, seed), links[there[0]].rate))
+            continue
+        for ends, ways, spec in ((link.between, there, rate), (link.between[::-1], back, rate_back)):
+            named = ways[0] if isinstance(spec, Drawn) else ends
+            found.append(Trace(" → ".join(named), _kind(spec, seed), links[ways[0]].rate))
     return found
 
 

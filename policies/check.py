@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from isthmus.policies.contract import Learner, Oracle, Policy, View, is_oracle
-from isthmus.policies.dispatch import Action, Answer, Close, Compiler, Dispatcher, PolicyFailure, Start
+from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, PolicyFailure, Start
 from isthmus.policies.plan import Plan
 from isthmus.policies.records import Kind, Record, Span
 from isthmus.workloads.requests import Request
@@ -96,9 +96,9 @@ def _drive(policy: Policy, testbed: Testbed, requests: int, *, travels: bool) ->
     closed: list[Record] = []
     now = 0.0
 
-    def carry_out(actions: list[Action]) -> None:
+    def carry_out(actions: Sequence[Action]) -> None:
         started.extend(a for a in actions if isinstance(a, Start))
-        closed.extend(a.record for a in actions if isinstance(a, Close))
+        closed.extend(a for a in actions if isinstance(a, Record))
 
     def answer(start: Start) -> None:
         rate = float(generator.uniform(1e5, 1e7))

@@ -5,15 +5,16 @@ A policy holds no clock, no environment and no handle on a shell. This file know
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from isthmus.policies.plan import Plan
 from isthmus.policies.records import Record
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.requests import Request
-from isthmus.workloads.testbed import LinkId, Testbed
+from isthmus.workloads.routing import LinkId
+from isthmus.workloads.testbed import Testbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,11 @@ class Truth:
     rates: Mapping[LinkId, Rate]
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """What the controller of one source can know when it decides: estimates with their age, and the static testbed.
 
     `testbed` is there for models, service means, nodes and routes. The true rates of links inside it are hidden: its
-    links carry their nominal rate.
+    links carry their nominal rate. Beliefs are worked out when they are looked at, from what was known at `now_s`.
     """
 
     now_s: float
@@ -108,6 +108,22 @@ class Learner(Protocol):
 
 class Oracle:
     """Base of policies that are given `view.truth`. Every report marks them, and their thinking is not charged."""
+
+
+Decide = TypeVar("Decide", bound=Callable[..., Plan])
+
+
+def blind(decide: Decide) -> Decide:
+    """Marks a `decide` that never looks at beliefs: nothing is estimated for it, its views have nominal values.
+
+    Of the method and not of the class, so that a subclass which decides anew sees again.
+    """
+    decide.blind = True  # type: ignore[attr-defined]
+    return decide
+
+
+def is_blind(policy: Policy) -> bool:
+    return getattr(policy.decide, "blind", False)
 
 
 def is_oracle(policy: object) -> bool:

@@ -19,7 +19,8 @@ from isthmus.policies.contract import View
 from isthmus.policies.plan import Compiled, Message, Plan, split
 from isthmus.policies.records import Kind, Span
 from isthmus.workloads.model import Model
-from isthmus.workloads.testbed import LinkId, Testbed
+from isthmus.workloads.routing import LinkId
+from isthmus.workloads.testbed import Testbed
 
 Floats = npt.NDArray[np.float64]
 Finish = Callable[[LinkId, Floats, Floats], Floats]

@@ -3,38 +3,42 @@
 The dispatcher serves one source. It has no clock, no sleep and no handle on a shell: it is told what happened and
 when, and returns what to do next. A shell carries the actions out and reports back:
 
-    arrive ──> Start ──> (the shell runs the plan) ──> answer ──> Close
+    arrive ──> Start ──> (the shell runs the plan) ──> answer ──> Record
                  └─> Timer ──> timer ─┐
-    node_is(down) ────────────────────┼─> attempt lost ──> Start again | Close
+    node_is(down) ────────────────────┼─> attempt lost ──> Start again | Record
     lost ─────────────────────────────┘
-    end ──> Close, for all that is still open
+    refused ──> Record
+    end ──> Record, for all that is still open
 
 An attempt that is lost is followed by one in which the policy decides anew, that by the whole model on the source,
-and that by the outcome `failed`. The first answer to a request counts, whichever attempt it is of; later ones do not.
+and that by the outcome `failed`. The first answer to a request counts, whichever attempt it is of; later ones do not. A
+node that has no room refuses a request, and that is its end: `dropped`; trying again would only add to the load.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import NamedTuple
 
-from isthmus.policies.contract import Learner, Policy, Truth, View, is_oracle
-from isthmus.policies.energy import energy_j
+from isthmus.policies.bill import energy_j, money_usd
+from isthmus.policies.contract import Learner, Policy, Truth, View, is_blind, is_oracle
 from isthmus.policies.estimators import Estimators
 from isthmus.policies.plan import Compiled, Plan, compile_plan, whole_on
 from isthmus.policies.records import Outcome, Record, Span
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.requests import Request
-from isthmus.workloads.testbed import LinkId, Testbed
+from isthmus.workloads.testbed import Testbed
+
+COMPLETED, LATE = Outcome.COMPLETED, Outcome.LATE
+new = tuple.__new__  # makes a named tuple in half the time
 
 RETRIES = 1
 """Attempts in which the policy decides anew after one was lost, before the source falls back to itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(NamedTuple):
     """Carry out a plan for a request. `decided`: the policy was asked, and its time is charged."""
 
     request: Request
@@ -43,8 +47,7 @@ class Start:
     decided: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Timer:
+class Timer(NamedTuple):
     """Call `timer` with this number and attempt at that time."""
 
     at_s: float
@@ -52,18 +55,11 @@ class Timer:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class Close:
-    """The request is over: keep its record."""
-
-    record: Record
+Action = Start | Timer | Record
+"""What a shell is to do; a Record is to be kept: its request is over."""
 
 
-Action = Start | Timer | Close
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What came back to the source for one attempt."""
 
     spans: Sequence[Span] = ()
@@ -74,14 +70,6 @@ class Answer:
 
 class PolicyFailure(RunFailure):
     """A policy raised, or answered with an impossible plan."""
-
-
-@dataclass(slots=True)
-class _Open:
-    request: Request
-    attempt: int = 0
-    compiled: Compiled | None = None
-    spans: list[Span] = field(default_factory=list)
 
 
 class Compiler:
@@ -120,11 +108,16 @@ class Dispatcher:
     ) -> None:
         self.source, self.policy, self.name = source, policy, name
         self._testbed, self._known, self._compile = testbed, testbed.nominal, compiler
-        self._estimators = Estimators(testbed)
-        self._truth = Truth({i: link.rate for i, link in testbed.links.items()}) if is_oracle(policy) else None
+        self._truth = Truth(testbed.rates) if is_oracle(policy) else None
+        beliefs = Estimators(testbed)
+        self._estimators = None if is_blind(policy) else beliefs
+        self._unseen = source, self._known, beliefs.links(0.0), beliefs.nodes(0.0), self._truth
+        self._recent: tuple[Plan | None, str, Compiled | None] = None, "", None
+        self._bills = testbed.has_power or testbed.has_prices
         self._learn = policy.learn if isinstance(policy, Learner) else None
         self._down: set[str] = set()
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, Start] = {}
+        self._lost: dict[int, list[Span]] = {}
         self._watch = watch
 
     @property
@@ -132,88 +125,118 @@ class Dispatcher:
         """Requests that arrived and are not closed."""
         return len(self._open)
 
+    @property
+    def estimates(self) -> bool:
+        """Whether it wants to be told what is done and what is sent."""
+        return self._estimators is not None
+
+    @property
+    def wants_spans(self) -> bool:
+        """Whether anything here is made from the spans of an answer."""
+        return self.estimates or self._bills or self._learn is not None
+
     def view(self, now_s: float) -> View:
         """What the controller knows now."""
-        beliefs = self._estimators
-        return View(now_s, self.source, self._known, beliefs.links(now_s), beliefs.nodes(now_s), self._truth)
+        if self._estimators is None:
+            return new(View, (now_s, *self._unseen))
+        links, nodes = self._estimators.links(now_s), self._estimators.nodes(now_s)
+        return View(now_s, self.source, self._known, links, nodes, self._truth)
 
     # What the shell tells
 
-    def arrive(self, request: Request, now_s: float) -> list[Action]:
+    def arrive(self, request: Request, now_s: float) -> Sequence[Action]:
         """A request arrived."""
-        opened = self._open[request.number] = _Open(request)
         if self.source in self._down:
-            return [self._close(opened, Outcome.FAILED, f"source {self.source} down", now_s)]
-        return self._start(opened, now_s)
+            return (self._close(request, 0, None, Outcome.FAILED, f"source {self.source} down"),)
+        return self._start(request, 1, now_s)
 
     def stage_done(self, number: int, attempt: int, stage: int, now_s: float) -> None:
         """A stage on the source's own node is done."""
-        self._estimators.stage_done(number, attempt, stage, now_s)
+        if self._estimators is not None:
+            self._estimators.stage_done(number, attempt, stage, now_s)
 
-    def sent(self, number: int, attempt: int, source: int, target: int, link: LinkId, at_s: float) -> None:
-        """The last byte of a message leaves the source's own node at `at_s`; may be told ahead."""
-        self._estimators.sent(number, attempt, source, target, link, at_s)
+    def sent(self, number: int, attempt: int, load: int, at_s: float) -> None:
+        """The last byte of a load of the plan leaves the source's own node at `at_s`; may be told ahead."""
+        if self._estimators is not None:
+            self._estimators.sent(number, attempt, load, at_s)
 
-    def answer(self, number: int, attempt: int, answer: Answer, now_s: float) -> list[Action]:
+    def answer(self, number: int, attempt: int, answer: Answer, now_s: float) -> Sequence[Action]:
         """The answer to an attempt is back at the source."""
-        self._estimators.end(number, attempt, answer.spans, now_s)
-        opened = self._open.get(number)
-        if opened is None:
-            return []
-        opened.spans.extend(answer.spans)
-        deadline = opened.request.deadline_s
-        outcome = Outcome.COMPLETED if deadline is None or now_s <= deadline else Outcome.LATE
-        return [self._close(opened, outcome, None, now_s, answer)]
+        if self._estimators is not None:
+            self._estimators.end(number, attempt, answer.spans, now_s)
+        start = self._open.get(number)
+        if start is None:
+            return ()
+        deadline = start.request.deadline_s
+        outcome = COMPLETED if deadline is None or now_s <= deadline else LATE
+        return (self._close(*start[:3], outcome, None, now_s, answer),)
 
-    def timer(self, number: int, attempt: int, now_s: float) -> list[Action]:
+    def timer(self, number: int, attempt: int, now_s: float) -> Sequence[Action]:
         """The time of an attempt is up."""
         return self.lost(number, attempt, "timeout", now_s)
 
-    def lost(self, number: int, attempt: int, reason: str, now_s: float, spans: Sequence[Span] = ()) -> list[Action]:
+    def lost(
+        self, number: int, attempt: int, reason: str, now_s: float, spans: Sequence[Span] = ()
+    ) -> Sequence[Action]:
         """An attempt will not be answered."""
-        self._estimators.end(number, attempt, spans, now_s)
-        opened = self._open.get(number)
-        if opened is None or opened.attempt != attempt:
-            return []
-        opened.spans.extend(spans)
-        assert opened.compiled is not None
-        if opened.attempt > RETRIES + 1 or (opened.attempt > 1 and opened.compiled.nodes == {self.source}):
-            return [self._close(opened, Outcome.FAILED, reason, now_s)]
-        return self._start(opened, now_s)
+        start = self._given_up(number, attempt, now_s, spans)
+        if start is None:
+            return ()
+        if attempt > RETRIES + 1 or (attempt > 1 and start.compiled.nodes == {self.source}):
+            return (self._close(*start[:3], Outcome.FAILED, reason),)
+        return self._start(start.request, attempt + 1, now_s)
 
-    def node_is(self, node: str, *, up: bool, now_s: float) -> list[Action]:
+    def refused(
+        self, number: int, attempt: int, reason: str, now_s: float, spans: Sequence[Span] = ()
+    ) -> Sequence[Action]:
+        """A node had no room for a stage of an attempt."""
+        start = self._given_up(number, attempt, now_s, spans)
+        return () if start is None else (self._close(*start[:3], Outcome.DROPPED, reason),)
+
+    def node_is(self, node: str, *, up: bool, now_s: float) -> Sequence[Action]:
         """A node is known to have gone, or to be back. What was under way there is lost; all of it, at the source."""
-        self._estimators.node_is(node, up=up, now_s=now_s)
+        if self._estimators is not None:
+            self._estimators.node_is(node, up=up, now_s=now_s)
         if up:
             self._down.discard(node)
-            return []
+            return ()
         self._down.add(node)
         if node == self.source:
             return self.end(Outcome.FAILED, f"source {node} down")
-        hit = [o for o in self._open.values() if o.compiled is not None and node in o.compiled.nodes]
-        return [a for o in hit for a in self.lost(o.request.number, o.attempt, f"node {node} down", now_s)]
+        hit = [start for start in self._open.values() if node in start.compiled.nodes]
+        return [a for s in hit for a in self.lost(s.request.number, s.attempt, f"node {node} down", now_s)]
 
-    def end(self, outcome: Outcome = Outcome.UNFINISHED, reason: str = "run ended") -> list[Action]:
+    def end(self, outcome: Outcome = Outcome.UNFINISHED, reason: str = "run ended") -> Sequence[Action]:
         """Nothing more will come of what is open: close it all."""
-        return [self._close(opened, outcome, reason, None) for opened in list(self._open.values())]
+        return [self._close(*start[:3], outcome, reason) for start in list(self._open.values())]
 
     # What follows from it
 
-    def _start(self, opened: _Open, now_s: float) -> list[Action]:
-        opened.attempt += 1
-        opened.compiled = compiled = self._plan(opened, now_s)
-        request = opened.request
-        self._estimators.start(request.number, opened.attempt, compiled)
-        actions: list[Action] = [Start(request, opened.attempt, compiled, decided=opened.attempt <= RETRIES + 1)]
-        if request.timeout_s is not None:
-            actions.append(Timer(now_s + request.timeout_s, request.number, opened.attempt))
-        return actions
+    def _given_up(self, number: int, attempt: int, now_s: float, spans: Sequence[Span]) -> Start | None:
+        """Nothing more is expected of an attempt; the request's, if it is still open and this was its last attempt."""
+        if self._estimators is not None:
+            self._estimators.end(number, attempt, spans, now_s)
+        start = self._open.get(number)
+        if start is None or start.attempt != attempt:
+            return None
+        if spans:
+            self._lost.setdefault(number, []).extend(spans)
+        return start
 
-    def _plan(self, opened: _Open, now_s: float) -> Compiled:
-        request = opened.request
-        fallback = whole_on(self._testbed.models[request.model], self.source)
-        if opened.attempt > RETRIES + 1:
-            return self._compile(fallback, request.model, self.source)
+    def _start(self, request: Request, attempt: int, now_s: float) -> Sequence[Action]:
+        decided = attempt <= RETRIES + 1
+        compiled = self._decide(request, attempt, now_s) if decided else self._fallback(request)
+        start = self._open[request.number] = new(Start, (request, attempt, compiled, decided))
+        if self._estimators is not None:
+            self._estimators.start(request.number, attempt, compiled)
+        if request.timeout_s is None:
+            return (start,)
+        return start, Timer(now_s + request.timeout_s, request.number, attempt)
+
+    def _fallback(self, request: Request) -> Compiled:
+        return self._compile(whole_on(self._testbed.models[request.model], self.source), request.model, self.source)
+
+    def _decide(self, request: Request, attempt: int, now_s: float) -> Compiled:
         view = self.view(now_s)
         try:
             plan = self.policy.decide(request, view)
@@ -221,52 +244,54 @@ class Dispatcher:
             raise InputError(error.problem, where=f"policy {self.name!r}", allowed=error.allowed) from error
         except Exception as error:
             raise self._raised(error, request) from error
-        try:
-            compiled = self._compile(plan, request.model, self.source)
-        except InputError as error:
-            raise PolicyFailure(
-                f"policy {self.name!r} gave an impossible plan for request {request.number}: {error}"
-            ) from error
+        recent, model, compiled = self._recent
+        if compiled is None or plan is not recent or request.model != model:
+            try:
+                compiled = self._compile(plan, request.model, self.source)
+            except InputError as error:
+                raise PolicyFailure(
+                    f"policy {self.name!r} gave an impossible plan for request {request.number}: {error}"
+                ) from error
+            self._recent = plan, request.model, compiled
         if self._watch is not None:
-            self._watch(request, opened.attempt, view, plan)
-        if compiled.nodes & self._down:
-            return self._compile(fallback, request.model, self.source)
+            self._watch(request, attempt, view, plan)
+        if self._down and compiled.nodes & self._down:
+            return self._fallback(request)
         return compiled
 
     def _close(
         self,
-        opened: _Open,
+        request: Request,
+        attempt: int,
+        compiled: Compiled | None,
         outcome: Outcome,
         reason: str | None,
-        now_s: float | None,
+        now_s: float | None = None,
         answer: Answer | None = None,
-    ) -> Close:
-        request, compiled = opened.request, opened.compiled
-        answered = answer is not None
-        record = Record(
-            number=request.number,
-            source=request.source,
-            model=request.model,
-            arrival_s=request.arrival_s,
-            deadline_s=request.deadline_s,
-            end_s=now_s if answered else None,
-            outcome=outcome,
-            reason=reason,
-            plan=None if compiled is None else compiled.plan.to_json(),
-            attempts=opened.attempt,
-            energy_j=energy_j(opened.spans, self._testbed) if answered else None,
-            correct=None if answer is None else answer.correct,
-            answer_error=None if answer is None else answer.answer_error,
-            overruns=None if answer is None else answer.overruns,
-            spans=opened.spans,
-        )
-        del self._open[request.number]
+    ) -> Record:
+        """`now_s` and `answer` are of an answered request."""
+        number = request.number
+        spans: Sequence[Span] = () if answer is None else answer.spans
+        if self._lost and number in self._lost:
+            spans = [*self._lost.pop(number), *spans]
+        energy = money = correct = error = overruns = None
+        if answer is not None:
+            _, correct, error, overruns = answer
+            if self._bills:
+                energy, money = energy_j(spans, self._testbed), money_usd(spans, self._testbed)
+        plan = None if compiled is None else compiled.plan.to_json()
+        record: Record = new(
+            Record,
+            (number, self.source, request.model, request.arrival_s, request.deadline_s, now_s, outcome, reason, plan,
+             attempt, energy, money, correct, error, overruns, spans),
+        )  # fmt: skip
+        self._open.pop(number, None)
         if self._learn is not None:
             try:
                 self._learn(record)
             except Exception as error:
                 raise self._raised(error, request) from error
-        return Close(record)
+        return record
 
     def _raised(self, error: Exception, request: Request) -> PolicyFailure:
         text = " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,171 +1,224 @@
 """What a controller believes, from what it has seen. The same code in both worlds, fed by the same events.
 
-Knows the nominal testbed. Never sees a trace or a queue.
+Knows the nominal testbed. Never sees a trace or a queue. Holds state only for the links and nodes that its source has
+used, so that a source among a hundred thousand costs little; of the others the nominal values are believed.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 from isthmus.policies.contract import LinkBelief, NodeBelief
 from isthmus.policies.plan import Compiled
 from isthmus.policies.records import Kind, Span
-from isthmus.workloads.model import Part
-from isthmus.workloads.testbed import LinkId, Testbed
+from isthmus.workloads.routing import LinkId
+from isthmus.workloads.testbed import Testbed
 
 GAIN = 0.4
 """Weight of the newest observation of a rate."""
 FORGET_S = 10.0
 """A rate not observed for so long counts 1/e; the nominal one takes its place, or nothing would be tried again."""
 
+Name = TypeVar("Name")
+Belief = TypeVar("Belief")
 
-@dataclass(slots=True)
-class _LinkState:
-    nominal_bytes_per_s: float
-    rtt_s: float
+
+class _Link(NamedTuple):
+    """State of a link. Values, not objects that change: a view keeps those that it was made from."""
+
     rate_bytes_per_s: float
     seen_s: float | None = None
     queued_bytes: float = 0.0
 
-    def observe(self, rate_bytes_per_s: float, now_s: float) -> None:
-        self.rate_bytes_per_s = self.estimate(now_s) * (1 - GAIN) + GAIN * rate_bytes_per_s
-        self.seen_s = now_s
 
-    def estimate(self, now_s: float) -> float:
-        if self.seen_s is None:
-            return self.nominal_bytes_per_s
-        trust = math.exp(-(now_s - self.seen_s) / FORGET_S)
-        return trust * self.rate_bytes_per_s + (1 - trust) * self.nominal_bytes_per_s
-
-
-@dataclass(slots=True)
-class _NodeState:
-    slots: int
+class _Node(NamedTuple):
     work_s: float = 0.0
     stages: int = 0
     seen_s: float | None = None
     up: bool = True
 
 
-@dataclass
-class _Open:
-    """What one attempt still has outstanding: stages by number, messages by (from, to) stage and link."""
+_UNSEEN = _Node()
 
-    compiled: Compiled
-    stages: set[int]
-    messages: dict[tuple[int, int, LinkId], int] = field(default_factory=dict)
+
+class Beliefs(Mapping[Name, Belief], Generic[Name, Belief]):
+    """What was believed at one time, by name; made when it is looked at, and the same ever after."""
+
+    __slots__ = ("_made", "_make", "_names")
+
+    def __init__(self, names: Mapping[Name, object], make: Callable[[Name], Belief]) -> None:
+        self._names, self._make = names, make
+        self._made: dict[Name, Belief] = {}
+
+    def __getitem__(self, name: Name) -> Belief:
+        made = self._made.get(name)
+        if made is None:
+            if name not in self._names:
+                raise KeyError(name)
+            made = self._made[name] = self._make(name)
+        return made
+
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return dict, (dict(self),)
+
+
+class _Open:
+    """What one attempt still has outstanding: a bit for each stage, then one for each load of its plan."""
+
+    __slots__ = ("compiled", "left")
+
+    def __init__(self, compiled: Compiled) -> None:
+        self.compiled = compiled
+        self.left = (1 << len(compiled.plan.stages) + len(compiled.loads)) - 1
 
 
 class Estimators:
     """Beliefs of the controller of one source. `links` and `nodes` are what it says, the rest is what it is told."""
 
     def __init__(self, testbed: Testbed) -> None:
-        self._testbed = testbed
-        self._links = {
-            (a, b): _LinkState(
-                link.rate.mean_bytes_per_s,
-                link.latency_s + testbed.links[b, a].latency_s,
-                link.rate.mean_bytes_per_s,
-            )
-            for (a, b), link in testbed.links.items()
-        }
-        self._nodes = {name: _NodeState(node.slots) for name, node in testbed.nodes.items()}
+        self._known = testbed.nominal
+        self._links: dict[LinkId, _Link] = {}
+        self._nodes: dict[str, _Node] = {}
         self._open: dict[tuple[int, int], _Open] = {}
-        self._leaving: list[tuple[float, int, int, int, int, LinkId]] = []
+        self._leaving: list[tuple[float, int, int, int]] = []
+        self._work: dict[Compiled, tuple[float, ...]] = {}
 
     def start(self, number: int, attempt: int, compiled: Compiled) -> None:
         """An attempt was started: its work is outstanding on the nodes and links that it will use."""
-        messages = {(m.source, m.target, link): m.wire_bytes for m in compiled.messages for link in m.links}
-        for (_, _, link), size in messages.items():
-            self._links[link].queued_bytes += size
-        for stage in compiled.plan.stages:
-            state = self._nodes[stage.node]
-            state.work_s += self._work_s(compiled, stage.node, stage.part)
-            state.stages += 1
-        self._open[number, attempt] = _Open(compiled, set(range(len(compiled.plan.stages))), messages)
+        links, nodes = self._links, self._nodes
+        for link, size in compiled.loads:
+            state = links.get(link) or self._fresh(link)
+            links[link] = _Link(state[0], state[1], state[2] + size)
+        for stage, seconds in zip(compiled.plan.stages, self._work_s(compiled), strict=True):
+            node = nodes.get(stage.node, _UNSEEN)
+            nodes[stage.node] = _Node(node[0] + seconds, node[1] + 1, node[2], node[3])
+        self._open[number, attempt] = _Open(compiled)
 
     def stage_done(self, number: int, attempt: int, stage: int, now_s: float) -> None:
         """A stage of an attempt is known to be done. Telling it twice, or too late, changes nothing."""
         opened = self._open.get((number, attempt))
-        if opened is None or stage not in opened.stages:
-            return
-        self._nodes[self._release(opened, stage)].seen_s = now_s
+        if opened is not None and opened.left >> stage & 1:
+            self._release_stage(opened, stage)
+            self._saw(opened.compiled.plan.stages[stage].node, now_s)
 
-    def _release(self, opened: _Open, stage: int) -> str:
-        """A stage is no longer outstanding on its node."""
-        opened.stages.discard(stage)
-        where = opened.compiled.plan.stages[stage]
-        state = self._nodes[where.node]
-        state.stages -= 1
-        state.work_s -= self._work_s(opened.compiled, where.node, where.part)
-        if not state.stages:
-            state.work_s = 0.0  # not what roundings left of it
-        return where.node
-
-    def sent(self, number: int, attempt: int, source: int, target: int, link: LinkId, at_s: float) -> None:
-        """The last byte of a message leaves a link at `at_s`; told ahead of it, believed from then on."""
-        heapq.heappush(self._leaving, (at_s, number, attempt, source, target, link))
-
-    def _settle(self, now_s: float) -> None:
-        while self._leaving and self._leaving[0][0] <= now_s:
-            _, number, attempt, source, target, link = heapq.heappop(self._leaving)
-            self._left(number, attempt, source, target, link)
-
-    def _left(self, number: int, attempt: int, source: int, target: int, link: LinkId) -> None:
-        opened = self._open.get((number, attempt))
-        if opened is not None and (size := opened.messages.pop((source, target, link), None)) is not None:
-            self._links[link].queued_bytes -= size
+    def sent(self, number: int, attempt: int, load: int, at_s: float) -> None:
+        """The last byte of a load of the plan leaves its link at `at_s`; told ahead of it, believed from then on."""
+        heapq.heappush(self._leaving, (at_s, number, attempt, load))
 
     def end(self, number: int, attempt: int, spans: Sequence[Span], now_s: float) -> None:
         """An attempt is over, answered or given up: nothing of it is outstanding, and its spans are evidence."""
-        opened = self._open.get((number, attempt))
+        opened = self._open.pop((number, attempt), None)
         if opened is None:
             return
-        for stage in list(opened.stages):
-            self._release(opened, stage)
-        for source, target, link in list(opened.messages):
-            self._left(number, attempt, source, target, link)
-        del self._open[number, attempt]
+        stages = len(opened.compiled.plan.stages)
+        for stage in range(stages):
+            if opened.left >> stage & 1:
+                self._release_stage(opened, stage)
+        for load in range(len(opened.compiled.loads)):
+            if opened.left >> stages + load & 1:
+                self._release_load(opened, load)
         for span in spans:
             if span.kind is Kind.COMPUTE:
-                self._nodes[span.place].seen_s = now_s
+                self._saw(span.place, now_s)
             elif span.kind is Kind.SEND and span.bytes:
                 a, _, b = span.place.partition(">")
-                flowing_s = span.end_s - span.start_s - self._testbed.links[a, b].latency_s
+                flowing_s = span.end_s - span.start_s - self._known.links[a, b].latency_s
                 if flowing_s > 0:
-                    self._links[a, b].observe(span.bytes / flowing_s, now_s)
+                    state = self._links.get((a, b)) or self._fresh((a, b))
+                    rate = self._rate((a, b), state, now_s) * (1 - GAIN) + GAIN * span.bytes / flowing_s
+                    self._links[a, b] = _Link(rate, now_s, state.queued_bytes)
 
     def node_is(self, node: str, *, up: bool, now_s: float) -> None:
         """A node has gone, with all that was under way over it, or is back."""
-        self._nodes[node].up = up
-        self._nodes[node].seen_s = now_s
         if not up:
-            lost = [key for key, opened in self._open.items() if node in opened.compiled.nodes]
-            for number, attempt in lost:
+            for number, attempt in [key for key, o in self._open.items() if node in o.compiled.nodes]:
                 self.end(number, attempt, (), now_s)
+        state = self._nodes.get(node, _UNSEEN)
+        self._nodes[node] = state._replace(seen_s=now_s, up=up)
 
-    def links(self, now_s: float) -> dict[LinkId, LinkBelief]:
+    def links(self, now_s: float) -> Mapping[LinkId, LinkBelief]:
+        """What is believed of every link now."""
         self._settle(now_s)
-        return {
-            link: LinkBelief(
-                s.estimate(now_s),
-                s.rtt_s,
-                max(s.queued_bytes, 0.0),
-                None if s.seen_s is None else now_s - s.seen_s,
-            )
-            for link, s in self._links.items()
-        }
+        states, known = self._links.copy(), self._known.links
 
-    def nodes(self, now_s: float) -> dict[str, NodeBelief]:
-        return {
-            name: NodeBelief(
-                max(s.work_s, 0.0) / s.slots, s.stages, None if s.seen_s is None else now_s - s.seen_s, s.up
+        def belief(link: LinkId) -> LinkBelief:
+            state = states.get(link) or self._fresh(link)
+            return LinkBelief(
+                self._rate(link, state, now_s),
+                known[link].latency_s + known[link[1], link[0]].latency_s,
+                max(state.queued_bytes, 0.0),
+                None if state.seen_s is None else now_s - state.seen_s,
             )
-            for name, s in self._nodes.items()
-        }
 
-    def _work_s(self, compiled: Compiled, node: str, part: Part) -> float:
-        return self._testbed.service(node, compiled.model.name).mean_s(part)
+        return Beliefs(known, belief)
+
+    def nodes(self, now_s: float) -> Mapping[str, NodeBelief]:
+        """What is believed of every node now."""
+        states, known = self._nodes.copy(), self._known.nodes
+
+        def belief(node: str) -> NodeBelief:
+            work_s, stages, seen_s, up = states.get(node, _UNSEEN)
+            age_s = None if seen_s is None else now_s - seen_s
+            return NodeBelief(max(work_s, 0.0) / known[node].slots, stages, age_s, up)
+
+        return Beliefs(known, belief)
+
+    def _fresh(self, link: LinkId) -> _Link:
+        return _Link(self._known.links[link].rate.mean_bytes_per_s)
+
+    def _rate(self, link: LinkId, state: _Link, now_s: float) -> float:
+        nominal = self._known.links[link].rate.mean_bytes_per_s
+        if state.seen_s is None:
+            return nominal
+        trust = math.exp(-(now_s - state.seen_s) / FORGET_S)
+        return trust * state.rate_bytes_per_s + (1 - trust) * nominal
+
+    def _saw(self, node: str, now_s: float) -> None:
+        state = self._nodes.get(node, _UNSEEN)
+        self._nodes[node] = _Node(state[0], state[1], now_s, state[3])
+
+    def _release_stage(self, opened: _Open, stage: int) -> None:
+        """A stage is no longer outstanding on its node."""
+        opened.left &= ~(1 << stage)
+        node = opened.compiled.plan.stages[stage].node
+        work_s, stages, seen_s, up = self._nodes[node]
+        # Nothing outstanding is no work: not what roundings left of it.
+        left_s = work_s - self._work_s(opened.compiled)[stage] if stages > 1 else 0.0
+        self._nodes[node] = _Node(left_s, stages - 1, seen_s, up)
+
+    def _release_load(self, opened: _Open, load: int) -> None:
+        """A message is no longer outstanding on one of its links."""
+        opened.left &= ~(1 << len(opened.compiled.plan.stages) + load)
+        link, size = opened.compiled.loads[load]
+        rate, seen_s, queued = self._links[link]
+        self._links[link] = _Link(rate, seen_s, queued - size)
+
+    def _settle(self, now_s: float) -> None:
+        """What was told ahead and has come."""
+        while self._leaving and self._leaving[0][0] <= now_s:
+            _, number, attempt, load = heapq.heappop(self._leaving)
+            opened = self._open.get((number, attempt))
+            if opened is not None and opened.left >> len(opened.compiled.plan.stages) + load & 1:
+                self._release_load(opened, load)
+
+    def _work_s(self, compiled: Compiled) -> tuple[float, ...]:
+        """Mean seconds of every stage of a plan."""
+        work = self._work.get(compiled)
+        if work is None:
+            model = compiled.model.name
+            work = self._work[compiled] = tuple(
+                self._known.service(s.node, model).mean_s(s.part) for s in compiled.plan.stages
+            )
+        return work

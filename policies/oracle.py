@@ -14,7 +14,7 @@ from isthmus.policies.cost import Floats
 from isthmus.policies.least_delay import LeastDelay
 from isthmus.policies.plan import Plan
 from isthmus.workloads.requests import Request
-from isthmus.workloads.testbed import LinkId
+from isthmus.workloads.routing import LinkId
 
 
 class BruteForce(Oracle, LeastDelay):

@@ -13,7 +13,8 @@ from itertools import pairwise
 from isthmus.workloads.codecs import codec
 from isthmus.workloads.errors import InputError, unknown
 from isthmus.workloads.model import Model, Part
-from isthmus.workloads.testbed import LinkId, Testbed
+from isthmus.workloads.routing import LinkId
+from isthmus.workloads.testbed import Testbed
 
 RAW = "fp32"
 """The codec that sends a tensor as it is, whatever its type."""
@@ -107,6 +108,8 @@ class Message:
     wire_bytes: int
     path: tuple[str, ...]
     """Nodes from sender to receiver; one node only where nothing crosses a link."""
+    load: int
+    """Which of its plan's loads is its first hop."""
 
     @property
     def links(self) -> tuple[LinkId, ...]:
@@ -125,6 +128,11 @@ class Compiled:
     """By stage; the last entry is what the request itself sends."""
     needs: tuple[int, ...]
     """Messages each stage waits for; the last entry is what the answer waits for."""
+
+    @cached_property
+    def loads(self) -> tuple[tuple[LinkId, int], ...]:
+        """Every link that every message crosses, with the bytes on it, in order of `messages` and hops."""
+        return tuple((link, m.wire_bytes) for m in self.messages for link in m.links)
 
     @cached_property
     def nodes(self) -> frozenset[str]:
@@ -167,13 +175,14 @@ def compile_plan(plan: Plan, model: Model, source: str, testbed: Testbed) -> Com
     def place(stage: int) -> str:
         return source if stage == -1 else plan.stages[stage].node
 
-    messages = []
+    messages: list[Message] = []
     for (origin, target), tensors in wanted.items():
         names = tuple(codecs.get(t, RAW) for t in tensors)
         path = testbed.route(place(origin), place(target))
         wire = sum(codec(c).size_bytes(model.tensors[t]) for t, c in zip(tensors, names, strict=True))
         raw = tuple(model.tensors[t].bytes for t in tensors)
-        messages.append(Message(origin, target, tuple(tensors), names, raw, wire, path))
+        load = sum(len(m.links) for m in messages)
+        messages.append(Message(origin, target, tuple(tensors), names, raw, wire, path, load))
     ends = (*range(len(plan.stages)), -1)
     return Compiled(
         plan,

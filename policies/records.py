@@ -1,14 +1,14 @@
 """Records: what happened to one request, as two flat tables that are the same from both worlds. Writes no file.
 
-Missing is None, never 0. Times are seconds on the run's clock.
+Missing is None, never 0. Times are seconds on the run's clock. Both are tuples: a simulation makes millions of them,
+and a table is made of them by turning rows into columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import NamedTuple
 
 
 class Outcome(StrEnum):
@@ -33,8 +33,7 @@ class Kind(StrEnum):
     DECODE = "decode"
 
 
-@dataclass(slots=True)
-class Span:
+class Span(NamedTuple):
     """One thing that took time: where, from when to when. `place` is a node, or `a>b` for a link.
 
     A `wait` at a link is for the transmitter; `send` is from the first byte sent to the last one delivered, latency
@@ -50,8 +49,7 @@ class Span:
     bytes: int | None = None
 
 
-@dataclass(slots=True)
-class Record:
+class Record(NamedTuple):
     """One request, closed."""
 
     number: int
@@ -73,7 +71,7 @@ class Record:
     """Largest difference from the whole model's answer, relative to its largest value."""
     overruns: int | None = None
     """How often the host was late: a part or a message not ready at its emulated time; None where none was emulated."""
-    spans: Sequence[Span] = field(default=(), repr=False)
+    spans: Sequence[Span] = ()
 
     @property
     def latency_s(self) -> float | None:
@@ -116,25 +114,3 @@ SPAN_COLUMNS: dict[str, str] = {
     "bytes": "int64",
 }
 """The `spans` table: one row per thing that took time."""
-
-
-def request_row(record: Record, policy: str, seed: int) -> dict[str, Any]:
-    row = {name: getattr(record, name) for name in REQUEST_COLUMNS if name not in ("policy", "seed")}
-    return {"policy": policy, "seed": seed, **row, "outcome": record.outcome.value}
-
-
-def span_rows(record: Record, policy: str, seed: int) -> list[dict[str, Any]]:
-    of = {"policy": policy, "seed": seed, "source": record.source, "number": record.number}
-    return [
-        of
-        | {
-            "attempt": s.attempt,
-            "stage": s.stage,
-            "kind": s.kind.value,
-            "place": s.place,
-            "start_s": s.start_s,
-            "end_s": s.end_s,
-            "bytes": s.bytes,
-        }
-        for s in record.spans
-    ]

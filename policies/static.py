@@ -4,36 +4,57 @@ from __future__ import annotations
 
 import numpy as np
 
-from isthmus.policies.contract import View
+from isthmus.policies.contract import View, blind
 from isthmus.policies.plan import Plan, split, whole_on
 from isthmus.workloads.errors import InputError, unknown
 from isthmus.workloads.requests import Request
 
 
-class Local:
+class Constant:
+    """Base of policies that give a source the same plan for a model for ever, whatever the view."""
+
+    def __init__(self) -> None:
+        self._plans: dict[tuple[str, str], Plan] = {}
+
+    @blind
+    def decide(self, request: Request, view: View) -> Plan:
+        key = request.source, request.model
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self.plan(request, view)
+        return plan
+
+    def plan(self, request: Request, view: View) -> Plan:
+        """The plan for all requests like this one."""
+        raise NotImplementedError
+
+
+class Local(Constant):
     """The whole model on the source."""
 
-    def decide(self, request: Request, view: View) -> Plan:
+    def plan(self, request: Request, view: View) -> Plan:
         return whole_on(view.testbed.models[request.model], view.source)
 
 
-class Remote:
+class Remote(Constant):
     """The whole model on one other node: `server`, or else the fastest one that the source can reach."""
 
     def __init__(self, server: str | None = None) -> None:
+        super().__init__()
         self.server = server
 
-    def decide(self, request: Request, view: View) -> Plan:
+    def plan(self, request: Request, view: View) -> Plan:
         return whole_on(view.testbed.models[request.model], server_for(self.server, request, view))
 
 
-class Fixed:
+class Fixed(Constant):
     """Always the same cut: blocks before `cut` (default: the middle one) on the source, the rest on `server`."""
 
     def __init__(self, cut: int | None = None, server: str | None = None) -> None:
+        super().__init__()
         self.cut, self.server = cut, server
 
-    def decide(self, request: Request, view: View) -> Plan:
+    def plan(self, request: Request, view: View) -> Plan:
         model = view.testbed.models[request.model]
         last = len(model.blocks)
         cut = last // 2 if self.cut is None else self.cut
@@ -49,6 +70,7 @@ class Random:
         self._generator = np.random.default_rng(seed)
         self.cuts = cuts
 
+    @blind
     def decide(self, request: Request, view: View) -> Plan:
         model = view.testbed.models[request.model]
         servers = view.testbed.reachable(view.source)

@@ -29,7 +29,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from isthmus.policies.contract import Policy, View, decision_row, is_oracle
-from isthmus.policies.dispatch import Action, Answer, Close, Compiler, Dispatcher, Start, Timer
+from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
 from isthmus.policies.plan import Compiled, Message, Plan
 from isthmus.policies.records import Kind, Record, Span
 from isthmus.real.pressure import Usage, usage
@@ -41,7 +41,7 @@ from isthmus.workloads.model import Part
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.requests import Request
 from isthmus.workloads.service import Synthetic
-from isthmus.workloads.testbed import LinkId, Node, Testbed
+from isthmus.workloads.testbed import Node, Testbed
 from isthmus.workloads.transmitter import Transmitter
 
 TOLERANCE = 1e-5
@@ -207,8 +207,8 @@ class NodeCell:
                     self._begin(action, since_s, thought_s)
                 case Timer(at_s, number, attempt):
                     self._source.at(at_s, partial(self._timer, number, attempt))
-                case Close(record):
-                    self._records.append(record)
+                case Record():
+                    self._records.append(action)
                     self._left -= 1
 
     def _begin(self, action: Start, since_s: float, thought_s: float) -> None:
@@ -287,11 +287,11 @@ class NodeCell:
         onward = replace(letter, hop=letter.hop + 1, deliver_at_s=arrived, spans=letter.spans + spans)
         self.server.send(link[1], onward, arrays)
         if self._dispatcher is not None and letter.source == self.name:
-            self._source.at(left, partial(self._sent, message, letter, link, left))
+            self._source.at(left, partial(self._sent, letter, message.load + letter.hop, left))
 
-    def _sent(self, message: Message, letter: Letter, link: LinkId, left_s: float) -> None:
+    def _sent(self, letter: Letter, load: int, left_s: float) -> None:
         assert self._dispatcher is not None
-        self._dispatcher.sent(letter.number, letter.attempt, message.source, message.target, link, left_s)
+        self._dispatcher.sent(letter.number, letter.attempt, load, left_s)
 
     def delivered(self, letter: Letter, arrays: Sequence[Array]) -> None:
         """A message is here, normally ahead of its time; if not, it is as late as it is, and that is an overrun."""

@@ -1,60 +1,44 @@
-"""A simulated node: slots and a FIFO queue. Knows SimPy, and of plans nothing: a job is a time and a callback."""
+"""A simulated node: slots and a FIFO queue. Knows SimPy's clock and tokens; of plans nothing.
+
+First come, first served, and what is served cannot be stopped: so when a token begins and ends is known when it
+comes, and there is one event per token and no queue.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from heapq import heapreplace
 
-from simpy import Environment, Event
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """Work for a node. `done(start_s)` is called at its end with the time at which it began."""
-
-    service_s: float
-    done: Callable[[float], None]
+from isthmus.sim.clock import Callbacks, Clock
+from isthmus.sim.token import Token
 
 
-class SimNode:
-    """`slots` jobs at a time, the rest wait in order of arrival. One heap event per job."""
+class FifoNode:
+    """`slots` tokens at a time. `computed` is called with each at its end; `life` counts how often the node went."""
 
-    def __init__(self, env: Environment, slots: int) -> None:
-        self._env, self._free = env, slots
-        self._slots = slots
-        self._queue: deque[Job] = deque()
-        self._life = 0  # counts the times it went down: what was running then never ends
-        self.up = True
+    __slots__ = ("_clock", "_computed", "_free_s", "life", "name", "slots", "up")
 
-    def submit(self, job: Job) -> None:
-        """A job arrives now. A node that is down loses it."""
+    def __init__(self, clock: Clock, name: str, slots: int, computed: Callbacks) -> None:
+        self._clock, self._computed = clock, computed
+        self.name, self.slots = name, slots
+        self._free_s = [0.0] * slots  # a heap: when each slot is free again
+        self.up, self.life = True, 0
+
+    def submit(self, token: Token, seconds: float, now_s: float) -> None:
+        """A token comes. A node that is down loses it."""
         if not self.up:
             return
-        if self._free:
-            self._free -= 1
-            self._begin(job)
-        else:
-            self._queue.append(job)
+        free_s = self._free_s[0]
+        token.ready_s, token.begun_s = now_s, now_s if now_s > free_s else free_s
+        end_s = token.begun_s + seconds
+        heapreplace(self._free_s, end_s)
+        token.life = self.life
+        token.at_s, token.callbacks = end_s, self._computed
+        self._clock.push((end_s, 1, self._clock.tick(), token))
 
     def go_down(self) -> None:
-        """Everything waiting or running is lost."""
-        self.up, self._free, self._life = False, self._slots, self._life + 1
-        self._queue.clear()
+        """All that waits or runs is lost."""
+        self.up, self.life = False, self.life + 1
+        self._free_s = [0.0] * self.slots
 
     def come_up(self) -> None:
         self.up = True
-
-    def _begin(self, job: Job) -> None:
-        start, life = self._env.now, self._life
-
-        def end(_: Event) -> None:
-            if life != self._life:
-                return
-            if self._queue:
-                self._begin(self._queue.popleft())
-            else:
-                self._free += 1
-            job.done(start)
-
-        self._env.timeout(job.service_s).callbacks.append(end)

@@ -3,63 +3,54 @@
 It carries out the dispatcher's actions with the physics of nodes and links, and tells it what happened. It decides
 nothing. One policy object per source; every random draw belongs to (seed, node, request), so that two policies meet
 the same noise.
+
+What happens to a token, and which call does it (all are told the time, as `now`):
+
+    _arrive ── dispatcher decides ── _begin ── _send ─┬─ encode ─ _enter (a link) ─ _arrived ─┬─ decode ─┐
+                                       ^              └──────────── same node ────────────────┼──────────┤
+                                       │                                 next link: _enter ───┘          │
+                                    _computed ── the stage's node ── _received, when nothing is missing ─┤
+                                                                     _answered, at the source ───────────┘
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
-import simpy
-
 from isthmus.policies.contract import Policy, View, is_oracle
-from isthmus.policies.dispatch import Action, Answer, Close, Compiler, Dispatcher, Start, Timer
-from isthmus.policies.plan import Compiled, Message, Plan
+from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
+from isthmus.policies.plan import Compiled, Plan
 from isthmus.policies.records import Kind, Record, Span
-from isthmus.sim.node import Job, SimNode
+from isthmus.sim.clock import Armed, Clock, few_collections
+from isthmus.sim.link import FifoLink
+from isthmus.sim.node import FifoNode
+from isthmus.sim.token import Token
+from isthmus.sim.wiring import Leg, Wiring
 from isthmus.workloads.errors import unknown
 from isthmus.workloads.faults import NodeFault
-from isthmus.workloads.random import Uniforms
 from isthmus.workloads.requests import Request
 from isthmus.workloads.testbed import Testbed
-from isthmus.workloads.transmitter import Transmitter
 
 Watch = Callable[[Request, int, View, Plan], None]
 
+COMPUTE, WAIT = Kind.COMPUTE, Kind.WAIT
+NO_SPANS = Answer()
+new = tuple.__new__  # makes a named tuple in half the time
+
 
 class Durations(Protocol):
-    """How long things take that are drawn or measured, not derived."""
+    """How long things took that are otherwise drawn from the testbed."""
 
     def decide_s(self, request: Request, attempt: int) -> float: ...
 
     def compute_s(self, request: Request, attempt: int, stage: int, compiled: Compiled) -> float: ...
 
 
-class Drawn:
-    """Durations from the testbed: service times drawn per (seed, node, source, request), calibrated decision times."""
-
-    def __init__(self, testbed: Testbed, policy: str, *, charge_decisions: bool, seed: int) -> None:
-        self._testbed, self._seed = testbed, seed
-        self._decide_s = testbed.overheads.decide_s.get(policy, 0.0) if charge_decisions else 0.0
-        self._noise: dict[tuple[str, str], Uniforms] = {}
-
-    def decide_s(self, request: Request, attempt: int) -> float:
-        return self._decide_s * self._testbed.nodes[request.source].slowdown
-
-    def compute_s(self, request: Request, attempt: int, stage: int, compiled: Compiled) -> float:
-        where = compiled.plan.stages[stage]
-        key = where.node, request.source
-        noise = self._noise.get(key)
-        if noise is None:
-            noise = self._noise[key] = Uniforms(self._seed, "service", *key)
-        return self._testbed.service(where.node, request.model).draw_s(where.part, noise, request.number)
-
-
 def simulate(
     testbed: Testbed,
-    requests: Mapping[str, Sequence[Request]],
+    requests: Mapping[str, Iterable[Request]],
     policies: Mapping[str, Policy],
     sink: Callable[[Record], None],
     *,
@@ -69,24 +60,40 @@ def simulate(
     drain_s: float = 60.0,
     durations: Durations | None = None,
     watch: Watch | None = None,
+    spans: bool = True,
 ) -> None:
     """Simulate the requests of every source, each under its own policy; `sink` gets each record as it is closed.
 
-    The run ends when nothing is left to happen, and at the latest `drain_s` after the last arrival; what is open then
-    is `unfinished`. `durations` replaces drawn service and decision times (a real run's own, for the structural error).
-    Raises PolicyFailure when a policy raises or plans the impossible.
+    Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. The run ends when nothing
+    is left to happen, and at the latest `drain_s` after the last arrival; what is open then is `unfinished`.
+    `durations` replaces drawn service and decision times (a real run's own, for the structural error). Without `spans`
+    records have none. Raises PolicyFailure when a policy raises or plans the impossible.
     """
     for fault in faults:
         if fault.node not in testbed.nodes:
             raise unknown("node", fault.node, testbed.nodes, where="faults")
-    _Simulation(testbed, requests, policies, sink, seed, name, faults, drain_s, durations, watch).run()
+    _Simulation(testbed, requests, policies, sink, seed, name, faults, drain_s, durations, watch, spans).run()
+
+
+class Home(Armed):
+    """A source: its dispatcher, and the requests that are still to arise there. Armed for the next one."""
+
+    __slots__ = ("decide_s", "dispatcher", "estimates", "node", "request", "requests", "spans")
+
+    request: Request
+
+    def __init__(
+        self, dispatcher: Dispatcher, node: FifoNode, requests: Iterator[Request], decide_s: float, spans: bool
+    ) -> None:
+        self.dispatcher, self.node, self.requests, self.decide_s = dispatcher, node, requests, decide_s
+        self.estimates, self.spans = dispatcher.estimates, spans or dispatcher.wants_spans
 
 
 class _Simulation:
     def __init__(
         self,
         testbed: Testbed,
-        requests: Mapping[str, Sequence[Request]],
+        requests: Mapping[str, Iterable[Request]],
         policies: Mapping[str, Policy],
         sink: Callable[[Record], None],
         seed: int,
@@ -95,180 +102,207 @@ class _Simulation:
         drain_s: float,
         durations: Durations | None,
         watch: Watch | None,
+        spans: bool,
     ) -> None:
-        self.env = simpy.Environment()
-        self.testbed, self.sink, self.requests = testbed, sink, requests
-        self.nodes = {n: SimNode(self.env, node.slots) for n, node in testbed.nodes.items()}
-        self.links = {i: Transmitter(link) for i, link in testbed.links.items()}
+        self.clock = Clock()
+        self.testbed, self.sink, self.drain_s, self.durations, self.spans = testbed, sink, drain_s, durations, spans
+        self._arrived_at, self._received_at = (self._arrived,), (self._received_later,)
+        self._answered_at, self._arrives_at = (self._answered,), (self._arrive,)
+        self.nodes = {n: FifoNode(self.clock, n, it.slots, (self._computed,)) for n, it in testbed.nodes.items()}
+        links = {i: FifoLink(self.clock, link, self._arrived_at) for i, link in testbed.links.items()}
+        self._wire = Wiring(testbed, self.nodes, links, seed)
+        self._wake_s = testbed.overheads.wake_s
         compiler = Compiler(testbed)
-        self.dispatchers = {
-            source: Dispatcher(source, policy, testbed, compiler, name=name, watch=watch)
-            for source, policy in policies.items()
-        }
-        self.durations: dict[str, Durations] = {
-            source: durations or Drawn(testbed, name, charge_decisions=not is_oracle(policy), seed=seed)
-            for source, policy in policies.items()
-        }
-        last = max((r[-1].arrival_s for r in requests.values() if r), default=0.0)
-        self._end_s = last + drain_s
-        self._left = sum(len(r) for r in requests.values())
-        self._over = self.env.event()
-        for source in requests:
-            self._next_arrival(source, 0)
+        self._over = self.clock.event()
+        self._open = self._sources = 0
+        self.homes: dict[str, Home] = {}
+        for source, policy in policies.items():
+            dispatcher = Dispatcher(source, policy, testbed, compiler, name=name, watch=watch)
+            decide_s = 0.0 if is_oracle(policy) else testbed.overheads.decide_s.get(name, 0.0)
+            decide_s *= testbed.nodes[source].slowdown
+            home = Home(dispatcher, self.nodes[source], iter(requests.get(source, ())), decide_s, spans)
+            self.homes[source] = home
+            self._sources += 1
+            self._await_next(home, 0.0)
         for fault in faults:
-            self._at(fault.down, partial(self._node_is, fault.node, up=False))
+            self.clock.call(fault.down, partial(self._node_is, fault.node, up=False))
             if fault.up is not None:
-                self._at(fault.up, partial(self._node_is, fault.node, up=True))
+                self.clock.call(fault.up, partial(self._node_is, fault.node, up=True))
 
     def run(self) -> None:
         try:
-            if self._left:
-                self.env.run(until=self.env.any_of([self._over, self.env.timeout(self._end_s)]))
+            if self._sources or self._open:
+                with few_collections():
+                    self.clock.run(until=self._over)
         except KeyboardInterrupt:
             self._close_all("interrupted")
             raise
         self._close_all("run ended")
 
     def _close_all(self, reason: str) -> None:
-        for dispatcher in self.dispatchers.values():
-            self.carry_out(dispatcher, dispatcher.end(reason=reason))
+        for home in self.homes.values():
+            for record in home.dispatcher.end(reason=reason):
+                assert isinstance(record, Record)
+                self._keep(record)
 
-    def carry_out(self, dispatcher: Dispatcher, actions: list[Action]) -> None:
+    # Requests come and go
+
+    def _await_next(self, home: Home, now: float) -> None:
+        request = next(home.requests, None)
+        if request is not None:
+            home.request = request
+            self.clock.arm(home, request.arrival_s, self._arrives_at)
+            return
+        self._sources -= 1
+        if not self._sources:
+            self.clock.call(now + self.drain_s, self._stop)
+
+    def _arrive(self, home: Home) -> None:
+        now, request = home.at_s, home.request
+        self._open += 1
+        actions = home.dispatcher.arrive(request, now)
+        self._await_next(home, now)
+        self._carry_out(home, actions, now)
+
+    def _carry_out(self, home: Home, actions: Sequence[Action], now: float) -> None:
         for action in actions:
-            match action:
-                case Start():
-                    _Execution(self, dispatcher, action).begin()
-                case Timer(at_s, number, attempt):
-                    self._at(at_s, partial(self._timer, dispatcher, number, attempt))
-                case Close(record):
-                    self.sink(record)
-                    self._left -= 1
-                    if self._left == 0 and not self._over.triggered:
-                        self._over.succeed()
+            if type(action) is Start:
+                self._begin(home, action, now)
+            elif type(action) is Record:
+                self._keep(action)
+            else:
+                assert type(action) is Timer
+                self.clock.call(action.at_s, partial(self._timer, home, action))
 
-    def after(self, delay_s: float, call: Callable[[], None]) -> None:
-        """Call later; a delay of nothing is now."""
-        if delay_s > 0:
-            self.env.timeout(delay_s).callbacks.append(lambda _: call())
-        else:
-            call()
+    def _keep(self, record: Record) -> None:
+        self.sink(record)
+        self._open -= 1
+        if not self._open and not self._sources:
+            self._stop()
 
-    def _at(self, time_s: float, call: Callable[[], None]) -> None:
-        self.env.timeout(max(time_s - self.env.now, 0.0)).callbacks.append(lambda _: call())
+    def _stop(self) -> None:
+        if not self._over.triggered:
+            self._over.succeed()
 
-    def _next_arrival(self, source: str, index: int) -> None:
-        if index < len(self.requests[source]):
-            self._at(self.requests[source][index].arrival_s, partial(self._arrive, source, index))
-
-    def _arrive(self, source: str, index: int) -> None:
-        self._next_arrival(source, index + 1)
-        dispatcher, request = self.dispatchers[source], self.requests[source][index]
-        self.carry_out(dispatcher, dispatcher.arrive(request, self.env.now))
-
-    def _timer(self, dispatcher: Dispatcher, number: int, attempt: int) -> None:
-        self.carry_out(dispatcher, dispatcher.timer(number, attempt, self.env.now))
+    def _timer(self, home: Home, timer: Timer) -> None:
+        self._carry_out(home, home.dispatcher.timer(timer.number, timer.attempt, timer.at_s), timer.at_s)
 
     def _node_is(self, node: str, *, up: bool) -> None:
+        now = float(self.clock.now)
         if up:
             self.nodes[node].come_up()
         else:
             self.nodes[node].go_down()
-        for dispatcher in self.dispatchers.values():
-            self.carry_out(dispatcher, dispatcher.node_is(node, up=up, now_s=self.env.now))
+        for home in self.homes.values():
+            self._carry_out(home, home.dispatcher.node_is(node, up=up, now_s=now), now)
 
+    # One attempt
 
-@dataclass(slots=True, eq=False)
-class _Execution:
-    """One attempt under way: what each stage still waits for, and the spans so far."""
+    def _begin(self, home: Home, start: Start, now: float) -> None:
+        wired = self._wire(start.compiled)
+        missing = None if wired.needs is None else list(wired.needs)
+        token = Token(start, home, wired, [] if home.spans else None, missing)
+        if start.decided:
+            seconds = home.decide_s
+            if self.durations is not None:
+                seconds = self.durations.decide_s(start.request, start.attempt)
+            if seconds > 0:
+                self._took(token, Kind.DECIDE, home.node, now, now + seconds, -1)
+                self.clock.arm(token, now + seconds, (self._decided,))
+                return
+        self._send(token, wired.first, now)
 
-    world: _Simulation
-    dispatcher: Dispatcher
-    action: Start
-    missing: list[int]
-    spans: list[Span]
+    def _decided(self, token: Token) -> None:
+        self._send(token, token.wired.first, token.at_s)
 
-    def __init__(self, world: _Simulation, dispatcher: Dispatcher, action: Start) -> None:
-        self.world, self.dispatcher, self.action = world, dispatcher, action
-        self.missing, self.spans = list(action.compiled.needs), []
+    def _send(self, token: Token, legs: tuple[Leg, ...], now: float) -> None:
+        """What leaves a stage, or the source. The token goes with the last message, forks of it with the others."""
+        if len(legs) > 1:
+            for leg in legs[:-1]:
+                self._send(token.fork(), (leg,), now)
+        leg = token.leg = legs[-1]
+        token.hop = 0
+        if not leg.links:
+            self._received(token, now)
+        elif leg.encode_s > 0:
+            self._took(token, Kind.ENCODE, leg.nodes[0], now, now + leg.encode_s, leg.source)
+            self.clock.arm(token, now + leg.encode_s, (self._enter_later,))
+        else:
+            self._enter(token, now)
 
-    def begin(self) -> None:
-        request = self.action.request
-        durations = self.world.durations[request.source]
-        decide_s = durations.decide_s(request, self.action.attempt) if self.action.decided else 0.0
-        now = self.world.env.now
-        self._took(Kind.DECIDE, request.source, now, now + decide_s, -1)
-        self.world.after(decide_s, partial(self._send_all, -1))
+    def _enter_later(self, token: Token) -> None:
+        self._enter(token, token.at_s)
 
-    def _took(self, kind: Kind, place: str, start: float, end: float, stage: int, size: int | None = None) -> None:
-        if end > start:
-            self.spans.append(Span(kind, place, start, end, self.action.attempt, stage, size))
+    def _enter(self, token: Token, now: float) -> None:
+        """The next link. A node that is down neither sends nor forwards."""
+        leg, hop = token.leg, token.hop
+        if leg.nodes[hop].up:
+            left_s = leg.links[hop].carry(token, now)
+            if leg.tells[hop] and token.home.estimates:
+                start = token.start
+                token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, left_s)
 
-    def _send_all(self, stage: int) -> None:
-        for message in self.action.compiled.sends[stage]:
-            if message.links:
-                self._encode(message)
+    def _arrived(self, token: Token) -> None:
+        """At the far end of a link. A node that is down does not receive."""
+        leg = token.leg
+        hop = token.hop = token.hop + 1
+        now = token.at_s
+        if hop < len(leg.links):
+            self._enter(token, now)
+        elif leg.nodes[hop].up:
+            if leg.decode_s > 0:
+                self._took(token, Kind.DECODE, leg.nodes[hop], now, now + leg.decode_s, leg.source)
+                self.clock.arm(token, now + leg.decode_s, self._received_at)
             else:
-                self._received(message)
+                self._received(token, now)
 
-    def _encode(self, message: Message) -> None:
-        overheads, sender = self.world.testbed.overheads, message.path[0]
-        coded = zip(message.codecs, message.raw_bytes, strict=True)
-        cost = sum(overheads.encode_s(c, raw) for c, raw in coded) * self.world.testbed.nodes[sender].slowdown
-        now = self.world.env.now
-        self._took(Kind.ENCODE, sender, now, now + cost, message.source)
-        self.world.after(cost, partial(self._hop, message, 0))
+    def _received_later(self, token: Token) -> None:
+        self._received(token, token.at_s)
 
-    def _hop(self, message: Message, hop: int) -> None:
-        """The message is at node `hop` of its path; a node that is down neither sends, receives nor forwards."""
-        world, here = self.world, message.path[hop]
-        if not world.nodes[here].up:
-            return
-        if hop == len(message.links):
-            self._decode(message)
-            return
-        link = message.links[hop]
-        now = world.env.now
-        start, left, arrived = world.links[link].send(now, message.wire_bytes)
-        if here == self.dispatcher.source:
-            number, attempt = self.action.request.number, self.action.attempt
-            self.dispatcher.sent(number, attempt, message.source, message.target, link, left)
-        place = f"{link[0]}>{link[1]}"
-        self._took(Kind.WAIT, place, now, start, message.source)
-        self._took(Kind.SEND, place, start, arrived, message.source, message.wire_bytes)
-        world.after(arrived - now, partial(self._hop, message, hop + 1))
-
-    def _decode(self, message: Message) -> None:
-        overheads, receiver = self.world.testbed.overheads, message.path[-1]
-        coded = zip(message.codecs, message.raw_bytes, strict=True)
-        cost = sum(overheads.decode_s(c, raw) for c, raw in coded) * self.world.testbed.nodes[receiver].slowdown
-        now = self.world.env.now
-        self._took(Kind.DECODE, receiver, now, now + cost, message.source)
-        self.world.after(cost, partial(self._received, message))
-
-    def _received(self, message: Message) -> None:
-        stage = message.target
-        self.missing[stage] -= 1
-        if self.missing[stage]:
-            return
+    def _received(self, token: Token, now: float) -> None:
+        """A message is there; when its stage has all that it waits for, it goes to its node."""
+        stage, missing = token.leg.target, token.missing
+        if missing is not None:
+            missing[stage] -= 1
+            if missing[stage]:
+                return
         if stage == -1:
-            self.world.after(self.world.testbed.overheads.wake_s, self._answered)
+            if self._wake_s > 0:
+                self.clock.arm(token, now + self._wake_s, self._answered_at)
+            else:
+                token.at_s = now
+                self._answered(token)
             return
-        request, compiled = self.action.request, self.action.compiled
-        seconds = self.world.durations[request.source].compute_s(request, self.action.attempt, stage, compiled)
-        ready_s = self.world.env.now
-        self.world.nodes[compiled.plan.stages[stage].node].submit(Job(seconds, partial(self._computed, stage, ready_s)))
+        step, start = token.wired.steps[stage], token.start
+        if self.durations is not None:
+            seconds = self.durations.compute_s(start.request, start.attempt, stage, start.compiled)
+        elif step.constant_s is not None:
+            seconds = step.constant_s
+        else:
+            seconds = step.service.draw_s(step.part, step.noise, start.request.number)
+        step.node.submit(token, seconds, now)
 
-    def _computed(self, stage: int, ready_s: float, start_s: float) -> None:
-        node, now = self.action.compiled.plan.stages[stage].node, self.world.env.now
-        self._took(Kind.WAIT, node, ready_s, start_s, stage)
-        self._took(Kind.COMPUTE, node, start_s, now, stage)
-        if node == self.dispatcher.source:
-            self.dispatcher.stage_done(self.action.request.number, self.action.attempt, stage, now)
-        self._send_all(stage)
+    def _computed(self, token: Token) -> None:
+        stage, now = token.leg.target, token.at_s
+        step = token.wired.steps[stage]
+        if token.life != step.node.life:
+            return  # the node went meanwhile
+        spans = token.spans
+        if spans is not None:
+            attempt, begun_s = token.start.attempt, token.begun_s
+            if begun_s > token.ready_s:
+                spans.append(new(Span, (WAIT, step.node.name, token.ready_s, begun_s, attempt, stage, None)))
+            if now > begun_s:
+                spans.append(new(Span, (COMPUTE, step.node.name, begun_s, now, attempt, stage, None)))
+        if step.own and token.home.estimates:
+            token.home.dispatcher.stage_done(token.start.request.number, token.start.attempt, stage, now)
+        self._send(token, step.sends, now)
 
-    def _answered(self) -> None:
-        request, attempt = self.action.request, self.action.attempt
-        answer = Answer(self.spans)
-        self.world.carry_out(
-            self.dispatcher, self.dispatcher.answer(request.number, attempt, answer, self.world.env.now)
-        )
+    def _answered(self, token: Token) -> None:
+        home, start, now = token.home, token.start, token.at_s
+        answer = NO_SPANS if token.spans is None else new(Answer, (token.spans, None, None, None))
+        self._carry_out(home, home.dispatcher.answer(start.request.number, start.attempt, answer, now), now)
+
+    def _took(self, token: Token, kind: Kind, node: FifoNode, start_s: float, end_s: float, stage: int) -> None:
+        if token.spans is not None:
+            token.spans.append(Span(kind, node.name, start_s, end_s, token.start.attempt, stage))

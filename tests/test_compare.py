@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def run(
 def slower(record: Record) -> Record:
     """Every answer takes a quarter longer than the simulation would have it."""
     assert record.latency_s is not None
-    return replace(record, end_s=record.arrival_s + 1.25 * record.latency_s, overruns=record.number % 2)
+    return record._replace(end_s=record.arrival_s + 1.25 * record.latency_s, overruns=record.number % 2)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,7 @@ def test_a_known_error_comes_out(simulated: Run, tmp_path: Path) -> None:
         # Every request is off by the same share: no resample says anything else.
         assert [row["mean_error_low"], row["mean_error_high"]] == pytest.approx([0.2, 0.2])
         assert row["structural_error_s_low"] < row["structural_error_s"] < row["structural_error_s_high"]
-    assert found.median_mean_error == found.worst_mean_error == pytest.approx(0.2)
+    assert found.median_mean_error == pytest.approx(found.worst_mean_error) == pytest.approx(0.2)
     assert found.kendall_tau == 1.0
 
 
@@ -146,7 +145,7 @@ def test_intervals_hold_the_estimate_and_are_the_same_again(simulated: Run, emul
 def test_answers_that_never_came_are_none_and_json_has_no_nan(simulated: Run, tmp_path: Path) -> None:
     def silent(record: Record) -> Record:
         if json.loads(record.plan or "")["stages"][0][0] == "cloud":
-            return replace(record, end_s=None, outcome=Outcome.FAILED, reason="lost", spans=())
+            return record._replace(end_s=None, outcome=Outcome.FAILED, reason="lost", spans=())
         return record
 
     real = run(tmp_path / "real", "physical", alter=silent)

@@ -111,7 +111,7 @@ def test_more_bandwidth_never_hurts_the_best_plan(synthetic, data):
     faster = {i: replace(b, rate_bytes_per_s=b.rate_bytes_per_s * 3) for i, b in view.links.items()}
     request = Request(0, "device", "chain", 0.0)
     before = cost(LeastDelay().decide(request, view), view)
-    view = replace(view, links=faster)
+    view = view._replace(links=faster)
     assert cost(LeastDelay().decide(request, view), view) <= before * (1 + 1e-12)
 
 

@@ -18,9 +18,9 @@ from hypothesis.stateful import (
 )
 
 from isthmus.policies.contract import Oracle
-from isthmus.policies.dispatch import RETRIES, Answer, Close, Compiler, Dispatcher, PolicyFailure, Start, Timer
+from isthmus.policies.dispatch import RETRIES, Answer, Compiler, Dispatcher, PolicyFailure, Start, Timer
 from isthmus.policies.plan import Plan, Stage, split, whole_on
-from isthmus.policies.records import Kind, Outcome, Span
+from isthmus.policies.records import Kind, Outcome, Record, Span
 from isthmus.policies.static import Fixed, Local, Remote
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.model import Part
@@ -56,8 +56,8 @@ def started(actions) -> Start:
 
 
 def closed(actions):
-    assert [type(a) for a in actions] == [Close]
-    return actions[0].record
+    assert [type(a) for a in actions] == [Record]
+    return actions[0]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_lost_again_and_again_is_retried_then_falls_back_then_fails(testbed):
     assert (record.outcome, record.reason, record.attempts) == (Outcome.FAILED, "melted", 3)
     assert (record.end_s, record.latency_s, record.energy_j) == (None, None, None)
     assert [s.kind for s in record.spans] == [Kind.SEND]
-    assert it.lost(0, 3, "melted", 5.0) == []
+    assert not it.lost(0, 3, "melted", 5.0)
     assert policy.records == [record]
 
 
@@ -118,9 +118,9 @@ def test_timers_go_with_attempts(testbed):
     assert timer == Timer(1.5, 0, 1)
     start, timer = it.timer(0, 1, 1.5)
     assert (type(start), timer) == (Start, Timer(2.0, 0, 2))
-    assert it.timer(0, 1, 1.6) == []  # of an attempt that is over
+    assert not it.timer(0, 1, 1.6)  # of an attempt that is over
     closed(it.answer(0, 2, Answer(), 1.9))
-    assert it.timer(0, 2, 2.0) == []
+    assert not it.timer(0, 2, 2.0)
 
 
 def test_the_first_answer_counts_whichever_attempt_it_is_of(testbed):
@@ -130,8 +130,8 @@ def test_the_first_answer_counts_whichever_attempt_it_is_of(testbed):
     it.timer(0, 1, 1.5)
     record = closed(it.answer(0, 1, Answer([Span(Kind.COMPUTE, "cloud", 1.0, 1.6)]), 1.7))
     assert (record.outcome, record.latency_s, record.attempts) == (Outcome.COMPLETED, pytest.approx(0.7), 2)
-    assert it.answer(0, 2, Answer(), 1.8) == []
-    assert it.answer(0, 1, Answer(), 1.9) == []
+    assert not it.answer(0, 2, Answer(), 1.8)
+    assert not it.answer(0, 1, Answer(), 1.9)
     assert len(policy.records) == 1
     assert it.view(2.0).nodes["cloud"].queue == 0  # both attempts are accounted for
 
@@ -149,7 +149,7 @@ def test_a_node_that_goes_takes_what_is_under_way_with_it(testbed):
     assert view.nodes["cloud"].age_s is None  # nothing was heard of it
     assert (view.nodes["cloud"].queue, view.links["device", "edge"].queued_bytes) == (0, 0)
     assert started(it.arrive(request(2), 1.3)).compiled.nodes == {"device"}
-    assert it.node_is("edge", up=True, now_s=1.4) == []
+    assert not it.node_is("edge", up=True, now_s=1.4)
     assert started(it.arrive(request(3), 1.5)).compiled.nodes == {"device", "edge", "cloud"}
 
 
@@ -178,7 +178,7 @@ def test_a_source_that_goes_loses_all_and_takes_nothing_new(testbed):
     record = closed(it.arrive(request(1), 1.2))
     assert (record.outcome, record.reason, record.attempts, record.plan) == ("failed", "source device down", 0, None)
     assert len(policy.views) == 1  # nobody is there to decide
-    assert it.answer(0, 1, Answer(), 1.3) == []
+    assert not it.answer(0, 1, Answer(), 1.3)
     it.node_is("device", up=True, now_s=1.4)
     started(it.arrive(request(2), 1.5))
     assert it.view(1.5).nodes["cloud"].queue == 1
@@ -192,7 +192,7 @@ def test_the_end_closes_what_is_open(testbed):
     it.answer(0, 1, Answer(), 1.6)
     record = closed(it.end())
     assert (record.number, record.outcome, record.reason, record.end_s) == (1, "unfinished", "run ended", None)
-    assert it.end() == []
+    assert not it.end()
 
 
 class Raising:
@@ -256,7 +256,7 @@ def test_only_an_oracle_sees_the_truth(synthetic):
             assert view.truth.rates == {i: x.rate for i, x in testbed.links.items()}
         else:
             assert view.truth is None
-            assert "7654321" not in repr((vars(view), vars(view.testbed)))
+            assert "7654321" not in repr((view, vars(view.testbed)))
         assert all(x.rate.is_constant for x in view.testbed.links.values())
 
 
@@ -296,8 +296,8 @@ class Lives(RuleBasedStateMachine):
         self.now += 0.125
         starts = [a for a in actions if isinstance(a, Start)]
         for action in actions:
-            if isinstance(action, Close):
-                self.records.append(action.record)
+            if isinstance(action, Record):
+                self.records.append(action)
         for start in starts:
             assert start.request.number not in [r.number for r in self.records]
             assert not start.compiled.nodes & self.it._down
@@ -327,8 +327,8 @@ class Lives(RuleBasedStateMachine):
         number, attempt, compiled = which
         self.it.stage_done(number, attempt, 0, self.now)
         for m in compiled.messages:
-            for link in m.links[:1]:
-                self.it.sent(number, attempt, m.source, m.target, link, self.now + ahead)
+            if m.links:
+                self.it.sent(number, attempt, m.load, self.now + ahead)
 
     @rule(target=attempts, node=st.sampled_from(NAMES), up=st.booleans())
     def node_is(self, node, up):

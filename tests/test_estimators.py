@@ -106,11 +106,11 @@ def test_bytes_queue_until_they_are_told_to_have_left(it, testbed):
     it.start(0, 1, plan)
     it.start(1, 1, plan)
     assert it.links(0.0)[UP].queued_bytes == 2 * there.wire_bytes
-    it.sent(0, 1, -1, 0, UP, 0.5)  # told ahead
-    it.sent(0, 1, -1, 0, UP, 0.5)
+    it.sent(0, 1, there.load, 0.5)  # told ahead
+    it.sent(0, 1, there.load, 0.5)
     assert it.links(0.49)[UP].queued_bytes == 2 * there.wire_bytes
     assert it.links(0.5)[UP].queued_bytes == there.wire_bytes
-    it.sent(1, 1, -1, 0, UP, 9.0)
+    it.sent(1, 1, there.load, 9.0)
     it.end(1, 1, (), 1.0)
     assert it.links(1.0)[UP].queued_bytes == 0
     assert it.links(10.0)[UP].queued_bytes == 0  # what left was taken off once

@@ -214,6 +214,32 @@ def test_a_million_pieces():
     assert again.finish_s(float(times[0]), 100.0) == ends[0]
 
 
+@given(rates(), st.integers(0, 800), st.integers(1, 200))
+def test_a_rate_holds_until_it_changes(rate, start, many):
+    """Eighths of a second are exact: every change is on one of them, so it is enough to look there."""
+    values = [rate.at(i / 8) for i in range(start, start + many + 1)]
+    now, seen = start / 8, [values[0]]
+    while (change := rate.change_after_s(now)) <= (start + many) / 8:
+        assert change > now
+        seen += [rate.at(now)] * round((change - now) * 8 - 1) + [rate.at(change)]
+        now = change
+    assert seen + [rate.at(now)] * (len(values) - len(seen)) == values
+    assert change < math.inf or rate.at(now) == rate.bytes_per_s[-1]
+
+
+def test_the_changes_of_a_period_that_is_no_binary_number_are_all_met():
+    rate = Rate((0.0, 0.03), (1.0, 0.0), 0.1)
+    now, met = 0.0, []
+    while now < 1000:
+        now = rate.change_after_s(now)
+        if not met or rate.at(now) != met[-1][1]:
+            met.append((now, rate.at(now)))
+    assert [value for _, value in met] == [0.0, 1.0] * 10_000
+    assert [time for time, _ in met] == pytest.approx([i * 0.1 + d for i in range(10_000) for d in (0.03, 0.1)])
+    assert Rate.constant(1.0).change_after_s(5.0) == math.inf
+    assert Rate((0.0, 1.0), (1.0, 2.0)).change_after_s(1.0) == math.inf
+
+
 def test_a_transmitter_sends_one_after_the_other_and_latency_keeps_none_waiting():
     link = Transmitter(Link(("a", "b"), Rate((0.0, 2.0), (10.0, 20.0)), 0.5))
     assert link.send(0.0, 10) == (0.0, 1.0, 1.5)  # first byte leaves, last byte leaves, last byte arrives

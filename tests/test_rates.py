@@ -21,7 +21,7 @@ from isthmus.experiments.run_folder import Run
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.random import stream
 from isthmus.workloads.rate import Rate
-from isthmus.workloads.rates import GaussMarkov, Handover, Markov, OnOff, RateSpec
+from isthmus.workloads.rates import GaussMarkov, Handover, MarkovRate, OnOff, RateSpec
 from isthmus.workloads.testbed import Testbed, TestbedSpec
 from isthmus.workloads.trace_file import TraceFile, format_of
 
@@ -196,7 +196,7 @@ LONG = 200_000.0
 KINDS = [
     GaussMarkov(mean="20Mbit", deviation="4Mbit", correlation_time="5s", duration=LONG, step="500ms"),
     GaussMarkov(mean="20Mbit", deviation="15Mbit", correlation_time="2s", duration=LONG, lowest="10Mbit", step="1s"),
-    Markov(states=[["20Mbit", "10s"], ["4Mbit", "3s"], [0, "1s"]], duration=LONG),
+    MarkovRate(states=[["20Mbit", "10s"], ["4Mbit", "3s"], [0, "1s"]], duration=LONG),
     OnOff(rate="20Mbit", on="30s", off="4s", duration=LONG),
     Handover(rate="50Mbit", every="30s", outage="900ms", fade=0.3, duration=LONG),
     Handover(rate="50Mbit", every="3s", duration=LONG),
@@ -361,6 +361,16 @@ def test_each_direction_and_seed_has_a_draw_of_its_own(bed):
     assert testbed.links["edge", "cloud"].rate.bytes_per_s == (2.5e6, 0, 7.5e6)
     assert testbed.links["cloud", "edge"].rate.is_constant
     assert testbed.nominal.at_seed(2) is testbed.nominal
+
+
+def test_every_member_of_a_group_has_a_draw_of_its_own(bed):
+    bed.write_text(bed.read_text().replace("device: {", "device: {count: 3, ").replace("back: {rate: 40Mbit}", ""))
+    testbed = Testbed.load(bed)
+    for seed in (1, 2):
+        rates = [testbed.at_seed(seed).links[f"device-{i}", "edge"].rate for i in range(3)]
+        assert rates == [testbed.spec.links[0].rate.draw(stream(seed, f"device-{i}", "edge", "rate")) for i in range(3)]
+        assert len(set(rates)) == 3
+    assert testbed.links["edge", "cloud"].rate is testbed.links["cloud", "edge"].rate  # a file is read once
 
 
 def test_a_controller_is_not_told_what_a_rate_comes_from(bed):

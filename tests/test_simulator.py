@@ -18,10 +18,11 @@ from isthmus.policies.oracle import BruteForce
 from isthmus.policies.records import Kind, Outcome, Record
 from isthmus.policies.registry import spec
 from isthmus.policies.static import Fixed, Local, Random, Remote
+from isthmus.workloads.arrivals import Poisson
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.faults import NodeFault
 from isthmus.workloads.overheads import Overheads
-from isthmus.workloads.requests import Poisson, Request, Source
+from isthmus.workloads.requests import Request, Source
 
 NOISY = {
     n: {"service": {"mean": mean, "distribution": "gamma"}, "slots": slots, "power": {"busy": "2W", "tx": "1W"}}
@@ -166,7 +167,8 @@ import hashlib
 from isthmus.policies.registry import spec
 from isthmus.sim.simulator import simulate
 from isthmus.workloads.faults import NodeFault
-from isthmus.workloads.requests import Poisson, Source
+from isthmus.workloads.arrivals import Poisson
+from isthmus.workloads.requests import Source
 from isthmus.workloads.testbed import Testbed, TestbedSpec
 spec_ = {{"models": {{"chain": {str(chain)!r}}}, "nodes": {NOISY!r}, "links": {LINKS!r}}}
 testbed = Testbed.build(TestbedSpec.model_validate(spec_))

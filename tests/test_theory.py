@@ -21,7 +21,8 @@ from scipy import stats
 from isthmus.policies.plan import split
 from isthmus.policies.records import Record
 from isthmus.policies.static import Fixed, Local, Remote
-from isthmus.workloads.requests import Poisson, Request, Source
+from isthmus.workloads.arrivals import Poisson
+from isthmus.workloads.requests import Request, Source
 from isthmus.workloads.testbed import Testbed
 
 SEEDS = range(1, 11)
@@ -76,7 +77,7 @@ def alone(synthetic, distribution: str, slots: int = 1, spread: float = 0.5) -> 
     return synthetic({"device": {"service": service, "slots": slots}}, [])
 
 
-FEW, MANY = 2500, 10_000
+FEW, MANY = 6000, 24_000
 
 
 @pytest.fixture(params=[FEW, pytest.param(MANY, marks=pytest.mark.slow)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,7 @@ class ExperimentSpec(BaseModel):
     def of(cls, fields: Any, folder: Path, where: object = "experiment") -> ExperimentSpec:
         """From the fields of a file; `folder` is what its relative paths start from."""
         spec = parse(cls, fields, where=where)
+        spec = spec.model_copy(update={"workload": tuple(source.resolved(folder) for source in spec.workload)})
         if isinstance(spec.testbed, str):
             file = folder / spec.testbed
             testbed = parse(TestbedSpec, read_yaml(file), where=file)
@@ -51,26 +53,39 @@ class ExperimentSpec(BaseModel):
         seen: set[str] = set()
         for number, source in enumerate(self.workload):
             field = f"{where or self.name}: workload[{number}]"
-            if source.node not in self.testbed.nodes:
-                raise unknown("node", source.node, self.testbed.nodes, where=f"{field}.node")
+            try:
+                members = self.testbed.members(source.node)
+            except KeyError:
+                raise unknown("node", source.node, self.testbed.nodes, where=f"{field}.node") from None
             if source.model not in self.testbed.models:
                 raise unknown("model", source.model, self.testbed.models, where=f"{field}.model")
-            if source.node in seen:
-                raise InputError(f"node {source.node!r} has two sources", where=f"{field}.node", allowed="one per node")
-            seen.add(source.node)
+            if twice := seen.intersection(members):
+                raise InputError(f"node {min(twice)!r} has two sources", where=f"{field}.node", allowed="one per node")
+            seen.update(members)
             endless = source.arrivals.kind != "replay"
             if endless and source.requests is None and source.duration is None:
                 raise InputError("never ends", where=field, allowed="`requests` or `duration`")
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError("a seed is given twice", where=f"{where or self.name}: seeds")
+        known = {member for name in self.testbed.nodes for member in self.testbed.members(name)}
         for number, fault in enumerate(self.faults):
             field = f"{where or self.name}: faults[{number}]"
-            if fault.node not in self.testbed.nodes:
+            if fault.node not in known:
                 raise unknown("node", fault.node, self.testbed.nodes, where=f"{field}.node")
             for other in self.faults[:number]:
                 if fault.overlaps(other):
                     raise InputError(f"node {fault.node!r} is down already at that time", where=field)
 
+    @cached_property
+    def sources(self) -> Mapping[str, Source]:
+        """Every source by its node; each member of a group is one."""
+        assert isinstance(self.testbed, TestbedSpec)
+        return {
+            node: source if node == source.node else source.model_copy(update={"node": node})
+            for source in self.workload
+            for node in self.testbed.members(source.node)
+        }
+
     def draw(self, seed: int) -> Mapping[str, list[Request]]:
         """The requests of every source. The same seed gives the same requests, whatever the policy."""
-        return {source.node: source.draw(seed) for source in self.workload}
+        return {node: source.draw(seed) for node, source in self.sources.items()}

@@ -28,7 +28,7 @@ from pydantic_core import CoreSchema
 from isthmus.workloads.errors import unknown
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.trace_file import TraceFile
-from isthmus.workloads.units import BytesPerSecond, RateOrNone, Seconds
+from isthmus.workloads.units import BytesPerSecond, BytesPerSecondOrZero, Seconds
 
 Floats = npt.NDArray[np.float64]
 Positive = Annotated[Seconds, Field(gt=0)]
@@ -54,7 +54,7 @@ class Constant(_Spec):
     def draw(self, generator: np.random.Generator | None = None) -> Rate:
         return Rate.constant(self.rate)
 
-    def realise(self, folder: Path, generator: np.random.Generator) -> Rate:
+    def realise(self, folder: Path, generator: np.random.Generator | None = None) -> Rate:
         return self.draw()
 
 
@@ -62,10 +62,10 @@ class Schedule(_Spec):
     """Rates from given times on; the last one holds, or the whole repeats after `period`."""
 
     kind: Literal["schedule"] = "schedule"
-    pieces: tuple[tuple[Seconds, RateOrNone], ...] = Field(min_length=1)
+    pieces: tuple[tuple[Seconds, BytesPerSecondOrZero], ...] = Field(min_length=1)
     period: Seconds | None = None
 
-    def realise(self, folder: Path, generator: np.random.Generator) -> Rate:
+    def realise(self, folder: Path, generator: np.random.Generator | None = None) -> Rate:
         """InputError when the times do not start at 0 and increase, or the last rate is 0 and nothing repeats."""
         return Rate(tuple(t for t, _ in self.pieces), tuple(r for _, r in self.pieces), self.period)
 
@@ -134,17 +134,19 @@ class GaussMarkov(_Drawn):
         return Rate(tuple((self.step * np.arange(count)).tolist()), tuple(rates.tolist()), self.duration)
 
 
-class Markov(_Drawn):
+class MarkovRate(_Drawn):
     """A rate that stays in a state for an exponential time, and then goes to any other state alike.
 
     It begins as if it had gone on for ever: in a state with the probability of its share of time.
     """
 
     kind: Literal["markov"] = "markov"
-    states: tuple[tuple[RateOrNone, Positive], ...] = Field(min_length=2, description="rate, and mean time in it")
+    states: tuple[tuple[BytesPerSecondOrZero, Positive], ...] = Field(
+        min_length=2, description="rate, and mean time in it"
+    )
 
     @model_validator(mode="after")
-    def _possible(self) -> Markov:
+    def _possible(self) -> MarkovRate:
         _check_cycle(self, [stay for _, stay in self.states], [rate for rate, _ in self.states])
         return self
 
@@ -221,7 +223,7 @@ class Handover(_Drawn):
         return self._rate(lengths.ravel(), rates)
 
 
-Drawn = GaussMarkov | Markov | OnOff | Handover
+Drawn = GaussMarkov | MarkovRate | OnOff | Handover
 """What another seed draws otherwise."""
 
 
@@ -307,7 +309,7 @@ class _Shorthands:
 
 
 RateSpec = Annotated[
-    Constant | Schedule | TraceFile | GaussMarkov | Markov | OnOff | Handover,
+    Constant | Schedule | TraceFile | GaussMarkov | MarkovRate | OnOff | Handover,
     Field(discriminator="kind"),
     BeforeValidator(_written),
     _Shorthands(),

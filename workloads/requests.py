@@ -1,21 +1,22 @@
-"""Requests, and when they come. Arrivals are drawn once, before a run, from streams of their own."""
+"""Requests, and the sources that they come from. Drawn from streams of their own, so a run cannot change them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count
-from typing import Annotated, Literal
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from isthmus.workloads.arrivals import Arrivals, Closed, Replay
+from isthmus.workloads.errors import InputError
 from isthmus.workloads.random import stream
-from isthmus.workloads.units import PerSecond, Seconds
+from isthmus.workloads.units import Seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One inference asked for at one time by one source.
 
     `number` counts the requests of one source from 0; (source, number) is the identity in a run. `deadline_s` is on
@@ -30,48 +31,10 @@ class Request:
     timeout_s: float | None = None
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Poisson(_Spec):
-    """Memoryless arrivals at a mean rate."""
-
-    kind: Literal["poisson"] = "poisson"
-    rate: PerSecond
-
-    def times_s(self, generator: np.random.Generator) -> Iterator[float]:
-        now_s = 0.0
-        while True:
-            for gap_s in generator.exponential(1 / self.rate, 256).tolist():
-                yield (now_s := now_s + gap_s)
-
-
-class Periodic(_Spec):
-    """One arrival every 1/rate seconds, the first after one period."""
-
-    kind: Literal["periodic"] = "periodic"
-    rate: PerSecond
-
-    def times_s(self, generator: np.random.Generator) -> Iterator[float]:
-        return (number / self.rate for number in count(1))  # a sum of periods would drift past `duration`
-
-
-class Replay(_Spec):
-    """Arrivals at given times, in seconds from the start of the run."""
-
-    kind: Literal["replay"] = "replay"
-    times: tuple[Seconds, ...] = Field(min_length=1)
-
-    def times_s(self, generator: np.random.Generator) -> Iterator[float]:
-        return iter(sorted(self.times))
-
-
-Arrivals = Annotated[Poisson | Periodic | Replay, Field(discriminator="kind")]
-
-
-class Source(_Spec):
+class Source(BaseModel):
     """A stream of requests: where they arise, for which model, when, how many, and how soon they are wanted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     node: str
     model: str
@@ -81,12 +44,35 @@ class Source(_Spec):
     deadline: Seconds | None = Field(default=None, description="from arrival; a later answer counts as late")
     timeout: Seconds | None = Field(default=None, description="from the start of an attempt; then it has failed")
 
+    def resolved(self, folder: Path) -> Source:
+        """With what its files say in their place. `folder` is what relative paths start from."""
+        if not isinstance(self.arrivals, Replay):
+            return self
+        return self.model_copy(update={"arrivals": self.arrivals.resolved(folder)})
+
     def draw(self, seed: int) -> list[Request]:
         """The requests of one run, in order of arrival. The same seed gives the same requests under every policy."""
-        made: list[Request] = []
-        for now in self.arrivals.times_s(stream(seed, self.node, "arrivals")):
-            if len(made) == self.requests or (self.duration is not None and now > self.duration):
-                break
-            deadline = None if self.deadline is None else now + self.deadline
-            made.append(Request(len(made), self.node, self.model, now, deadline, self.timeout))
-        return made
+        return list(self.arrive(seed))
+
+    def arrive(self, seed: int) -> Iterator[Request]:
+        """The requests of `draw`, one by one as they are taken: for sources that are many, long or endless.
+
+        InputError when the arrivals are a closed loop.
+        """
+        if isinstance(self.arrivals, Closed):
+            raise InputError(
+                f"the arrivals of {self.node!r} are a closed loop: they depend on the answers",
+                allowed="closed loops in the simulator",
+            )
+        times_s = self.arrivals.times_s(stream(seed, self.node, "arrivals"))
+        return self._asked(islice(times_s, self.requests))
+
+    def _asked(self, times_s: Iterator[float]) -> Iterator[Request]:
+        make = tuple.__new__  # what Request() calls, in a third less time
+        node, model, deadline, timeout = self.node, self.model, self.deadline, self.timeout
+        end_s = math.inf if self.duration is None else self.duration
+        for number, now_s in enumerate(times_s):
+            if now_s > end_s:
+                return
+            deadline_s = None if deadline is None else now_s + deadline
+            yield make(Request, (number, node, model, now_s, deadline_s, timeout))

@@ -6,6 +6,7 @@ function of (seed, node, request), never of the order in which it is asked for.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property, lru_cache
 from typing import Literal, Protocol
 
@@ -26,6 +27,10 @@ class Service(Protocol):
     @property
     def provenance(self) -> str:
         """Where the numbers come from: measured, scaled, synthetic; with the machine where there is one."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether two draws of one part can differ."""
 
     def mean_s(self, part: Part) -> float:
         """Mean seconds of one part."""
@@ -60,6 +65,10 @@ class Measured:
     def provenance(self) -> str:
         label = self.profile.machine.label
         return f"measured on {label}" if self.slowdown == 1 else f"scaled ×{self.slowdown:g} from {label}"
+
+    @property
+    def varies(self) -> bool:
+        return True
 
     def mean_s(self, part: Part) -> float:
         return self._means(part)
@@ -111,6 +120,10 @@ class Synthetic:
     def provenance(self) -> str:
         return f"synthetic, {self.spec.distribution}"
 
+    @property
+    def varies(self) -> bool:
+        return self.spec.distribution != "constant"
+
     def mean_s(self, part: Part) -> float:
         found = self._means.get(part.layers)
         if found is None:
@@ -137,7 +150,7 @@ class Synthetic:
             case "constant":
                 return mean
             case "exponential":
-                return -mean * float(np.log1p(-u))
+                return -mean * math.log1p(-u)
             case "gamma":
                 return mean * cv**2 * float(special.gammaincinv(1 / cv**2, u))
             case "lognormal":

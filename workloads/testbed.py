@@ -6,13 +6,13 @@ uses: models loaded, profiles found and checked, links in both directions, route
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import networkx as nx
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from isthmus.workloads.documents import parse, read_yaml
@@ -23,11 +23,11 @@ from isthmus.workloads.profile import Profile
 from isthmus.workloads.random import stream
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.rates import Constant, Drawn, RateSpec, Schedule
+from isthmus.workloads.routing import NONE_DOWN, LinkId, Routes
 from isthmus.workloads.service import Measured, Service, Synthetic, SyntheticSpec
 from isthmus.workloads.trace_file import TraceFile
 from isthmus.workloads.units import Seconds, Watt
 
-LinkId = tuple[str, str]  # (from, to): one direction
 NodeName = Annotated[str, Field(pattern=r"^[^\s>]+$")]  # records write a link as `a>b`
 
 
@@ -43,14 +43,29 @@ class Power(_Spec):
     rx: Watt = 0.0
 
 
-class NodeSpec(_Spec):
-    """A place that computes. With `service` its times are made up; without, they come from a profile."""
+class Price(_Spec):
+    """What a node costs: by the second that it works, by the byte that leaves it. US dollars."""
 
+    per_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    per_byte: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+class NodeSpec(_Spec):
+    """A place that computes. With `service` its times are made up; without, they come from a profile.
+
+    With `count` it is a group of alike: `cam` with a count of 3 is `cam-0`, `cam-1` and `cam-2`.
+    """
+
+    count: int | None = Field(default=None, ge=1, description="a group of so many: NAME-0, NAME-1, …")
+    serves: bool | None = Field(
+        default=None, description="whether policies may offload to it; by default all that are not in a group"
+    )
     profile: str = Field(default="host", description="label of the machine whose profiles this node takes")
     slowdown: float = Field(default=1.0, gt=0, description="how many times slower than that machine")
     service: SyntheticSpec | None = None
     slots: int = Field(default=1, ge=1, description="requests that it computes at the same time")
     power: Power = Power()
+    price: Price = Price()
 
     @model_validator(mode="after")
     def _one_source_of_times(self) -> NodeSpec:
@@ -70,7 +85,8 @@ class DirectionSpec(_Spec):
 class LinkSpec(_Spec):
     """A link between two nodes. `back` is the second node to the first; what it leaves out is as on the way there.
 
-    A rate that is drawn is drawn for each direction, also where both are described alike.
+    Between a group and a node there is one link per member, between two groups members are dealt out evenly: each of
+    the larger group has one link. A rate that is drawn is drawn for each of them and for each direction.
     """
 
     between: tuple[str, str]
@@ -84,16 +100,13 @@ class LinkSpec(_Spec):
         self.directions()
         return self
 
-    def directions(self) -> tuple[tuple[LinkId, RateSpec, float], ...]:
-        """There and back: ends, rate, latency in seconds."""
-        (a, b), back = self.between, self.back
+    def directions(self) -> tuple[tuple[RateSpec, float], tuple[RateSpec, float]]:
+        """There and back: rate, and latency in seconds."""
+        back = self.back
         rate = self.rate if back.rate is None else back.rate
         period = self.period if back.rate is None and back.period is None else back.period
         latency = self.latency if back.latency is None else back.latency
-        return (
-            ((a, b), _repeating(self.rate, self.period), self.latency),
-            ((b, a), _repeating(rate, period), latency),
-        )
+        return (_repeating(self.rate, self.period), self.latency), (_repeating(rate, period), latency)
 
 
 def _repeating(rate: RateSpec, period: float | None) -> RateSpec:
@@ -115,6 +128,31 @@ class TestbedSpec(_Spec):
     nodes: dict[NodeName, NodeSpec] = Field(min_length=1)
     links: tuple[LinkSpec, ...] = ()
     profiles: str = Field(default="profiles", description="folder with the measured profiles, relative to this file")
+
+    def members(self, name: str) -> tuple[str, ...]:
+        """The nodes that a name stands for: itself, or the members of a group. KeyError for an unknown name."""
+        return self._members[name]
+
+    @cached_property
+    def _members(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for name, node in self.nodes.items():
+            found[name] = (name,) if node.count is None else tuple(f"{name}-{i}" for i in range(node.count))
+        # A member by its own name; a node that is called like one is found twice by `Testbed.build`.
+        return {member: (member,) for of in found.values() for member in of} | found
+
+    def pairs(self, link: LinkSpec) -> list[LinkId]:
+        """The links that one entry stands for, as (first, second) node."""
+        first, second = (self.members(name) for name in link.between)
+        many = max(len(first), len(second))
+        return [(first[i * len(first) // many], second[i * len(second) // many]) for i in range(many)]
+
+    def directed(self, link: LinkSpec) -> Iterator[tuple[list[LinkId], RateSpec, float]]:
+        """The links that one entry stands for, there and then back, with their rate and their latency in seconds."""
+        pairs = self.pairs(link)
+        there, back = link.directions()
+        yield pairs, *there
+        yield [(b, a) for a, b in pairs], *back
 
     @property
     def traces(self) -> list[str]:
@@ -149,8 +187,11 @@ class TestbedSpec(_Spec):
 @dataclass(frozen=True)
 class Node:
     name: str
+    serves: bool
+    """Whether policies may offload to it."""
     slots: int
     power: Power
+    price: Price
     slowdown: float
     """How many times slower than this machine an emulation of the node is; 1 for synthetic service times."""
 
@@ -178,6 +219,8 @@ class Testbed:
     overheads: Overheads
     spec: TestbedSpec
     """What it was built from, with trace files by absolute path."""
+    down: frozenset[LinkId] = NONE_DOWN
+    """Links that routes lead around, where they can."""
 
     @classmethod
     def load(cls, path: str | Path) -> Testbed:
@@ -209,93 +252,122 @@ class Testbed:
                     models[name] = load_model(found if found.is_file() else source, name=name)
                 except InputError as error:
                     raise InputError(str(error), where=f"{where or spec.name}: models.{name}") from None
-        nodes = {n: Node(n, s.slots, s.power, s.slowdown) for n, s in spec.nodes.items()}
+        nodes: dict[str, Node] = {}
+        for name, s in spec.nodes.items():
+            serves = s.count is None if s.serves is None else s.serves
+            for member in spec.members(name):
+                if member in nodes:
+                    raise InputError(f"there are two nodes {member!r}", where=f"{where or spec.name}: nodes.{name}")
+                nodes[member] = Node(member, serves, s.slots, s.power, s.price, s.slowdown)
         links = realise_links(spec, folder=folder, where=where, seed=seed)
         services: dict[tuple[str, str], Service] = {}
         store = folder / spec.profiles
         for name, node in spec.nodes.items():
             for model in models.values():
+                service: Service
                 if node.service is not None:
-                    services[name, model.name] = Synthetic(model, node.service)
+                    service = Synthetic(model, node.service)
                 elif need_profiles:
-                    services[name, model.name] = Measured(model, _profile(store, model, node.profile), node.slowdown)
+                    service = Measured(model, _profile(store, model, node.profile), node.slowdown)
+                else:
+                    continue
+                services |= dict.fromkeys(product(spec.members(name), [model.name]), service)
         spec = spec.with_traces(lambda file: str((folder / file).resolve()))
         return cls(spec.name, models, nodes, links, services, Overheads.find(store), spec)
 
     def at_seed(self, seed: int) -> Testbed:
         """The same testbed with the rates that this seed draws; itself where nothing is drawn."""
         drawn = {
-            ends: replace(self.links[ends], rate=rate.draw(stream(seed, *ends, "rate")))
+            way: replace(self.links[way], rate=rate.draw(stream(seed, *way, "rate")))
             for link in self.spec.links
-            for ends, rate, _ in link.directions()
+            for ways, rate, _ in self.spec.directed(link)
             if isinstance(rate, Drawn)
+            for way in ways
         }
-        return replace(self, links={**self.links, **drawn}) if drawn else self
+        return self._like(links={**self.links, **drawn}) if drawn else self
 
     @cached_property
     def nominal(self) -> Testbed:
         """The same testbed as a controller may know it: every link at its mean rate, always, in its `spec` as well."""
 
+        means: dict[int, Rate] = {}  # links of a group share their rate
+
+        def mean(link: LinkId) -> Rate:
+            rate = self.links[link].rate
+            if id(rate) not in means:
+                means[id(rate)] = Rate.constant(rate.mean_bytes_per_s)
+            return means[id(rate)]
+
         def told(spec: LinkSpec) -> LinkSpec:
-            a, b = spec.between
-            known = (self.links[i].rate.mean_bytes_per_s for i in ((a, b), (b, a)))
+            a, b = self.spec.pairs(spec)[0]  # of a group, its first
+            known = (mean(way).bytes_per_s[0] for way in ((a, b), (b, a)))
             there, back = ({"rate": Constant(rate=rate), "period": None} for rate in known)
             return spec.model_copy(update={**there, "back": spec.back.model_copy(update=back)})
 
-        links = {i: replace(x, rate=Rate.constant(x.rate.mean_bytes_per_s)) for i, x in self.links.items()}
+        links = {i: replace(link, rate=mean(i)) for i, link in self.links.items()}
         spec = self.spec.model_copy(update={"links": tuple(told(link) for link in self.spec.links)})
-        return replace(self, links=links, spec=spec)
+        return self._like(links=links, spec=spec)
 
     @cached_property
-    def graph(self) -> nx.DiGraph[str]:
-        """Nodes and directed links; `latency_s` on the edges."""
-        graph: nx.DiGraph[str] = nx.DiGraph()
-        graph.add_nodes_from(self.nodes)
-        graph.add_edges_from((a, b, {"latency_s": link.latency_s}) for (a, b), link in self.links.items())
-        return graph
+    def rates(self) -> Mapping[LinkId, Rate]:
+        """The true rate of every link."""
+        return {link: it.rate for link, it in self.links.items()}
+
+    @cached_property
+    def has_power(self) -> bool:
+        """Whether the power of any node is known."""
+        return any(node.power.busy or node.power.tx or node.power.rx for node in self.nodes.values())
+
+    @cached_property
+    def has_prices(self) -> bool:
+        """Whether the price of any node is known."""
+        return any(node.price.per_s or node.price.per_byte for node in self.nodes.values())
 
     def route(self, start: str, end: str) -> tuple[str, ...]:
-        """The nodes from start to end, both included. InputError when there is no way.
+        """The nodes from start to end, both included: the best way around the links that are `down`, if there is one.
 
-        Least latency there and back, then fewest links, then the links that the testbed names first. So there is
-        one best route: the way back is the way there reversed, and a piece of a route is the route of its ends.
+        Least latency there and back, then fewest links, then the links that the testbed names first. InputError when
+        there is no way, or no such node.
         """
-        return self._routes(start, end)
-
-    def reachable(self, source: str) -> list[str]:
-        """The other nodes that there is a route to, and so one back, in the order of the testbed."""
-        found = nx.descendants(self.graph, source)
-        return [node for node in self.nodes if node in found]
+        for name in (start, end):
+            if name not in self.nodes:
+                raise unknown("node", name, self.nodes)
+        return self.routes.find(start, end, self.down)
 
     @cached_property
-    def _routes(self) -> Callable[[str, str], tuple[str, ...]]:
-        pairs = list(dict.fromkeys(frozenset(link) for link in self.links))
-        number, count = {pair: i for i, pair in enumerate(pairs)}, len(pairs)
+    def routes(self) -> Routes:
+        return Routes(self.nodes, {i: link.latency_s for i, link in self.links.items()}, frozenset())
 
-        def weight(a: str, b: str, _: object) -> int:
-            # Integers, so that sums are exact and no two routes weigh the same: picoseconds, links, which links.
-            picoseconds = round(1e12 * (self.links[a, b].latency_s + self.links[b, a].latency_s))
-            return (picoseconds * (count + 1) + 1 << count) + (1 << number[frozenset((a, b))])
+    def without(self, down: frozenset[LinkId]) -> Testbed:
+        """The same testbed while these links are down: routes lead around them."""
+        return self._like(down=down)
 
-        @cache
-        def route(start: str, end: str) -> tuple[str, ...]:
-            for name in (start, end):
-                if name not in self.nodes:
-                    raise unknown("node", name, self.nodes)
-            try:
-                return tuple(nx.shortest_path(self.graph, start, end, weight=weight))
-            except nx.NetworkXNoPath:
-                raise InputError(f"there is no route from {start!r} to {end!r}") from None
+    def _like(self, **changes: Any) -> Testbed:
+        """The same with some fields changed that make no difference to its routes."""
+        other = replace(self, **changes)
+        other.__dict__["routes"] = self.routes
+        return other
 
-        return route
+    def reachable(self, source: str) -> list[str]:
+        """The other nodes that serve and that there is a route to, and so one back, in the order of the testbed."""
+        return [node for node in self._servers.get(self.routes.components[source], ()) if node != source]
+
+    @cached_property
+    def _servers(self) -> Mapping[int, list[str]]:
+        """The nodes that serve, by what they are connected with."""
+        found: dict[int, list[str]] = {}
+        for name, node in self.nodes.items():
+            if node.serves:
+                found.setdefault(self.routes.components[name], []).append(name)
+        return found
 
     def service(self, node: str, model: str) -> Service:
         """Service times of a model on a node. KeyError is a bug: names are checked before."""
         return self.services[node, model]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Routes are found again where they are needed; the cache of a local function does not pickle.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_routes", "graph", "nominal")}
+        # What follows from the fields is found again where it is needed.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def realise_links(
@@ -307,25 +379,28 @@ def realise_links(
     """
     links: dict[LinkId, Link] = {}
     known: dict[RateSpec, Rate] = {}  # a file is read once, whoever names it
+    members = {member for name in spec.nodes for member in spec.members(name)}
     for number, link in enumerate(spec.links):
         field = f"{where or spec.name}: links[{number}]"
         for end in link.between:
-            if end not in spec.nodes:
+            if end not in members and end not in spec.nodes:
                 raise unknown("node", end, spec.nodes, where=f"{field}.between")
-        a, b = link.between
-        if a == b:
-            raise InputError(f"{a!r} is linked to itself", where=f"{field}.between")
-        if (a, b) in links:
-            raise InputError(f"{a!r} and {b!r} are linked twice", where=f"{field}.between")
-        for (ends, rate, latency_s), part in zip(link.directions(), ("rate", "back.rate"), strict=True):
+        for a, b in spec.pairs(link):
+            if a == b:
+                raise InputError(f"{a!r} is linked to itself", where=f"{field}.between")
+            if (a, b) in links:
+                raise InputError(f"{a!r} and {b!r} are linked twice", where=f"{field}.between")
+        for (ways, rate, latency_s), part in zip(spec.directed(link), ("rate", "back.rate"), strict=True):
             try:
-                made = known.get(rate) or rate.realise(folder, stream(seed, *ends, "rate"))
+                if isinstance(rate, Drawn):
+                    links |= {way: Link(way, rate.draw(stream(seed, *way, "rate")), latency_s) for way in ways}
+                    continue
+                if rate not in known:
+                    known[rate] = rate.realise(folder)
             except InputError as error:
                 problem = error.problem if error.where is None else f"{error.where}: {error.problem}"
                 raise InputError(problem, where=f"{field}.{part}", allowed=error.allowed) from None
-            if not isinstance(rate, Drawn):
-                known[rate] = made
-            links[ends] = Link(ends, made, latency_s)
+            links |= {way: Link(way, known[rate], latency_s) for way in ways}
     return links
 
 

@@ -1,0 +1,38 @@
+"""What moves through a simulation: one attempt at a request, wherever it is. Knows plans as they are wired.
+
+A token is in one place at a time: deciding, on a link, waiting, computing. Where a stage sends to several others it
+forks, and where a stage waits for several the last one to come goes on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from isthmus.policies.dispatch import Start
+from isthmus.policies.records import Span
+from isthmus.sim.clock import Armed
+
+if TYPE_CHECKING:
+    from isthmus.sim.simulator import Home
+    from isthmus.sim.wiring import Leg, Wired
+
+
+class Token(Armed):
+    """`spans` and `missing` are shared by all tokens of an attempt; None where nobody asks for them."""
+
+    __slots__ = ("begun_s", "home", "hop", "leg", "life", "missing", "ready_s", "spans", "start", "wired")
+
+    leg: Leg
+    hop: int
+    ready_s: float
+    begun_s: float
+    life: int
+
+    def __init__(
+        self, start: Start, home: Home, wired: Wired, spans: list[Span] | None, missing: list[int] | None
+    ) -> None:
+        self.start, self.home, self.wired, self.spans, self.missing = start, home, wired, spans, missing
+
+    def fork(self) -> Token:
+        """Another one of the same attempt."""
+        return Token(self.start, self.home, self.wired, self.spans, self.missing)

@@ -1,0 +1,114 @@
+"""A compiled plan bound to the simulated nodes and links that will carry it out, so that nothing is looked up twice.
+
+Knows compiled plans, and nodes and links by what they do. Holds no state of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from isthmus.policies.plan import Compiled, Message
+from isthmus.sim.link import FifoLink
+from isthmus.sim.node import FifoNode
+from isthmus.workloads.model import Part
+from isthmus.workloads.random import Uniforms
+from isthmus.workloads.routing import LinkId
+from isthmus.workloads.service import Service
+from isthmus.workloads.testbed import Testbed
+
+
+class Leg(NamedTuple):
+    """A message: `nodes` and `links` of its path, and whether its source node sends on each link."""
+
+    source: int
+    target: int
+    bytes: int
+    nodes: tuple[FifoNode, ...]
+    links: tuple[FifoLink, ...]
+    tells: tuple[bool, ...]
+    load: int
+    encode_s: float
+    decode_s: float
+
+
+class Step(NamedTuple):
+    """A stage: its node, how long it takes, and what it sends. `constant_s` where the service does not vary."""
+
+    node: FifoNode
+    own: bool
+    constant_s: float | None
+    service: Service
+    part: Part
+    noise: Uniforms
+    sends: tuple[Leg, ...]
+
+
+class Wired(NamedTuple):
+    """A plan: its steps, what the request itself sends, and how many messages each stage waits for.
+
+    `needs` is None where each waits for one: then nobody has to count.
+    """
+
+    compiled: Compiled
+    steps: tuple[Step, ...]
+    first: tuple[Leg, ...]
+    needs: tuple[int, ...] | None
+
+
+class Wiring:
+    """Wires each compiled plan once."""
+
+    def __init__(
+        self, testbed: Testbed, nodes: Mapping[str, FifoNode], links: Mapping[LinkId, FifoLink], seed: int
+    ) -> None:
+        self._testbed, self._nodes, self._links, self._seed = testbed, nodes, links, seed
+        self._wired: dict[Compiled, Wired] = {}
+
+    def __call__(self, compiled: Compiled) -> Wired:
+        wired = self._wired.get(compiled)
+        if wired is None:
+            wired = self._wired[compiled] = self._wire(compiled)
+        return wired
+
+    def _wire(self, compiled: Compiled) -> Wired:
+        steps = tuple(self._step(compiled, stage) for stage in range(len(compiled.plan.stages)))
+        needs = None if set(compiled.needs) == {1} else compiled.needs
+        return Wired(compiled, steps, self._legs(compiled, compiled.sends[-1]), needs)
+
+    def _step(self, compiled: Compiled, stage: int) -> Step:
+        where, source, model = compiled.plan.stages[stage], compiled.source, compiled.model.name
+        service = self._testbed.service(where.node, model)
+        return Step(
+            self._nodes[where.node],
+            where.node == source,
+            None if service.varies else service.mean_s(where.part),
+            service,
+            where.part,
+            Uniforms(self._seed, "service", where.node, source),
+            self._legs(compiled, compiled.sends[stage]),
+        )
+
+    def _legs(self, compiled: Compiled, messages: Sequence[Message]) -> tuple[Leg, ...]:
+        return tuple(self._leg(compiled.source, message) for message in messages)
+
+    def _leg(self, source: str, message: Message) -> Leg:
+        overheads, path = self._testbed.overheads, message.path
+
+        def code(cost_s: Callable[[str, float], float], node: str) -> float:
+            if len(path) == 1:
+                return 0.0
+            seconds = sum(cost_s(c, raw) for c, raw in zip(message.codecs, message.raw_bytes, strict=True))
+            return seconds * self._testbed.nodes[node].slowdown
+
+        return Leg(
+            message.source,
+            message.target,
+            message.wire_bytes,
+            tuple(self._nodes[node] for node in path),
+            tuple(self._links[link] for link in message.links),
+            tuple(node == source for node in path[:-1]),
+            message.load,
+            code(overheads.encode_s, path[0]),
+            code(overheads.decode_s, path[-1]),
+        )
