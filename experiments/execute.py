@@ -162,7 +162,7 @@ def simulate(
             tick = None if progress is None else partial(_told, progress, done, total, policy.label)
             sink = writer.sink(policy.label, seed, spans=spans, tick=tick)
             simulate_cell(
-                testbed,
+                testbed.at_seed(seed),
                 experiment.spec.arrive(seed),
                 experiment.make(policy, seed),
                 sink.keep,
@@ -275,7 +275,7 @@ def planned(experiment: Experiment, policy: PolicySpec, seed: int) -> set[Plan]:
         plans.add(plan)
 
     simulate_cell(
-        experiment.testbed,
+        experiment.testbed.at_seed(seed),
         experiment.spec.arrive(seed),
         experiment.make(policy, seed),
         lambda record: None,

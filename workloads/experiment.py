@@ -43,8 +43,7 @@ class ExperimentSpec(BaseModel):
         if isinstance(spec.testbed, str):
             file = folder / spec.testbed
             testbed = parse(TestbedSpec, read_yaml(file), where=file)
-            profiles = str(Path(spec.testbed).parent / testbed.profiles)
-            spec = spec.model_copy(update={"testbed": testbed.model_copy(update={"profiles": profiles})})
+            spec = spec.model_copy(update={"testbed": testbed.moved(Path(spec.testbed).parent, folder)})
         spec.check(where=where)
         return spec
 
