@@ -62,9 +62,6 @@ class Losses:
                 for a, b in (fault.link, fault.link[::-1]):
                     self._by_place.setdefault(f"{a}>{b}", []).append(while_s)
 
-    def __bool__(self) -> bool:
-        return bool(self._by_place)
-
     def takes(self, token: Token, now_s: float) -> bool:
         """Whether a message that enters a link now is lost there."""
         place = token.leg.links[token.hop].place

@@ -34,7 +34,7 @@ from isthmus.sim.link import FifoLink
 from isthmus.sim.node import FifoNode
 from isthmus.sim.token import Token
 from isthmus.sim.wiring import Leg, Wired, Wiring
-from isthmus.workloads.faults import Fault, LinkFault, NodeFault
+from isthmus.workloads.faults import Fault, LinkFault, LostMessages, NodeFault
 from isthmus.workloads.requests import ClosedLoop, Request
 from isthmus.workloads.routing import NONE_DOWN, LinkId
 from isthmus.workloads.testbed import Testbed
@@ -133,7 +133,7 @@ class _Simulation:
         self._cut = NONE_DOWN  # links that a fault holds up
         self._away = dict.fromkeys(moving, NONE_DOWN)  # links to cells that do not serve a node
         self._stranded: list[Token] = []  # messages for which there is no way now
-        self._losing = Losses(faults, seed)
+        self._losses = Losses(faults, seed) if any(isinstance(f, LostMessages) for f in faults) else None
         self._wire = Wiring(testbed, self.nodes, self.links, seed)
         self._wake_s = testbed.overheads.wake_s
         compiler = Compiler(testbed)
@@ -337,7 +337,8 @@ class _Simulation:
         self._send(token, wired.first, now)
 
     def _decided(self, token: Token) -> None:
-        self._send(token, token.wired.first, token.at_s)
+        if token.home.node.up:
+            self._send(token, token.wired.first, token.at_s)
 
     def _send(self, token: Token, legs: tuple[Leg, ...], now: float) -> None:
         """What leaves a stage, or the source. The token goes with the last message, forks of it with the others."""
@@ -350,32 +351,34 @@ class _Simulation:
             self._received(token, now)
         elif leg.encode_s > 0:
             self._took(token, Kind.ENCODE, leg.nodes[0], now, now + leg.encode_s, leg.source)
-            self.clock.arm(token, now + leg.encode_s, (self._enter_later,))
+            self.clock.arm(token, now + leg.encode_s, (self._encoded,))
         else:
             self._enter(token, now)
 
-    def _enter_later(self, token: Token) -> None:
-        self._enter(token, token.at_s)
+    def _encoded(self, token: Token) -> None:
+        if token.leg.nodes[0].up:
+            self._enter(token, token.at_s)
 
     def _enter(self, token: Token, now: float) -> None:
-        """The next link. A node that is down neither sends nor forwards."""
+        """The next link."""
         leg, hop = token.leg, token.hop
-        if leg.nodes[hop].up:
-            left_s = leg.links[hop].carry(token, now)
-            if self._losing and self._losing.takes(token, now):
-                token.callbacks = ()  # it takes its time on the link, and never arrives
-            if leg.tells[hop] and token.home.estimates:
-                start = token.start
-                token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, left_s)
+        left_s = leg.links[hop].carry(token, now)
+        if self._losses is not None and self._losses.takes(token, now):
+            token.callbacks = ()  # it takes its time on the link, and never arrives
+        if token.home.estimates and leg.tells[hop]:
+            start = token.start
+            token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, left_s)
 
     def _arrived(self, token: Token) -> None:
-        """At the far end of a link. A node that is down does not receive."""
+        """At the far end of a link. A node that is down neither receives nor forwards."""
         leg = token.leg
         hop = token.hop = token.hop + 1
         now = token.at_s
+        if not leg.nodes[hop].up:
+            return
         if hop < len(leg.links):
             self._enter(token, now)
-        elif leg.nodes[hop].up:
+        else:
             if leg.decode_s > 0:
                 self._took(token, Kind.DECODE, leg.nodes[hop], now, now + leg.decode_s, leg.source)
                 self.clock.arm(token, now + leg.decode_s, self._received_at)
