@@ -23,9 +23,10 @@ from isthmus.policies.contract import Policy, View, is_oracle
 from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
 from isthmus.policies.plan import Compiled, Plan
 from isthmus.policies.records import Kind, Record, Span
-from isthmus.sim.clock import Armed, Clock, few_collections
+from isthmus.sim.clock import Armed, Callbacks, Clock, few_collections
 from isthmus.sim.link import FifoLink
-from isthmus.sim.node import FifoNode
+from isthmus.sim.node import NodeTotals, Place
+from isthmus.sim.nodes import make_node
 from isthmus.sim.token import Token
 from isthmus.sim.wiring import Leg, Wiring
 from isthmus.workloads.errors import unknown
@@ -35,7 +36,7 @@ from isthmus.workloads.testbed import Testbed
 
 Watch = Callable[[Request, int, View, Plan], None]
 
-COMPUTE, WAIT = Kind.COMPUTE, Kind.WAIT
+COMPUTE, LOAD, WAIT = Kind.COMPUTE, Kind.LOAD, Kind.WAIT
 NO_SPANS = Answer()
 new = tuple.__new__  # makes a named tuple in half the time
 
@@ -61,8 +62,10 @@ def simulate(
     durations: Durations | None = None,
     watch: Watch | None = None,
     spans: bool = True,
-) -> None:
+) -> list[NodeTotals]:
     """Simulate the requests of every source, each under its own policy; `sink` gets each record as it is closed.
+
+    What every node did in all is the answer.
 
     Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. The run ends when nothing
     is left to happen, and at the latest `drain_s` after the last arrival; what is open then is `unfinished`.
@@ -72,18 +75,21 @@ def simulate(
     for fault in faults:
         if fault.node not in testbed.nodes:
             raise unknown("node", fault.node, testbed.nodes, where="faults")
-    _Simulation(testbed, requests, policies, sink, seed, name, faults, drain_s, durations, watch, spans).run()
+    run = _Simulation(testbed, requests, policies, sink, seed, name, faults, drain_s, durations, watch, spans)
+    run.run()
+    return [node.totals(float(run.clock.now)) for node in run.nodes.values()]
 
 
 class Home(Armed):
     """A source: its dispatcher, and the requests that are still to arise there. Armed for the next one."""
 
-    __slots__ = ("decide_s", "dispatcher", "estimates", "node", "request", "requests", "spans")
+    __slots__ = ("arrives_at", "decide_s", "dispatcher", "estimates", "node", "request", "requests", "spans")
 
+    arrives_at: Callbacks
     request: Request
 
     def __init__(
-        self, dispatcher: Dispatcher, node: FifoNode, requests: Iterator[Request], decide_s: float, spans: bool
+        self, dispatcher: Dispatcher, node: Place, requests: Iterator[Request], decide_s: float, spans: bool
     ) -> None:
         self.dispatcher, self.node, self.requests, self.decide_s = dispatcher, node, requests, decide_s
         self.estimates, self.spans = dispatcher.estimates, spans or dispatcher.wants_spans
@@ -107,20 +113,26 @@ class _Simulation:
         self.clock = Clock()
         self.testbed, self.sink, self.drain_s, self.durations, self.spans = testbed, sink, drain_s, durations, spans
         self._arrived_at, self._received_at = (self._arrived,), (self._received_later,)
-        self._answered_at, self._arrives_at = (self._answered,), (self._arrive,)
-        self.nodes = {n: FifoNode(self.clock, n, it.slots, (self._computed,)) for n, it in testbed.nodes.items()}
+        self._answered_at = (self._answered,)
+        computed = (self._computed,)
+        self.nodes = {
+            n: make_node(self.clock, testbed, it, computed, self._refused, partial(self._node_is, n, up=False))
+            for n, it in testbed.nodes.items()
+        }
         links = {i: FifoLink(self.clock, link, self._arrived_at) for i, link in testbed.links.items()}
         self._wire = Wiring(testbed, self.nodes, links, seed)
         self._wake_s = testbed.overheads.wake_s
         compiler = Compiler(testbed)
         self._over = self.clock.event()
         self._open = self._sources = 0
+        arrives_at = (self._arrive,)
         self.homes: dict[str, Home] = {}
         for source, policy in policies.items():
             dispatcher = Dispatcher(source, policy, testbed, compiler, name=name, watch=watch)
             decide_s = 0.0 if is_oracle(policy) else testbed.overheads.decide_s.get(name, 0.0)
             decide_s *= testbed.nodes[source].slowdown
             home = Home(dispatcher, self.nodes[source], iter(requests.get(source, ())), decide_s, spans)
+            home.arrives_at = arrives_at if home.node.battery is None else (self._looks_at_battery, *arrives_at)
             self.homes[source] = home
             self._sources += 1
             self._await_next(home, 0.0)
@@ -151,7 +163,7 @@ class _Simulation:
         request = next(home.requests, None)
         if request is not None:
             home.request = request
-            self.clock.arm(home, request.arrival_s, self._arrives_at)
+            self.clock.arm(home, request.arrival_s, home.arrives_at)
             return
         self._sources -= 1
         if not self._sources:
@@ -185,15 +197,27 @@ class _Simulation:
             self._over.succeed()
 
     def _timer(self, home: Home, timer: Timer) -> None:
+        self._look_at_battery(home, timer.at_s)
         self._carry_out(home, home.dispatcher.timer(timer.number, timer.attempt, timer.at_s), timer.at_s)
 
+    def _looks_at_battery(self, home: Home) -> None:
+        self._look_at_battery(home, home.at_s)
+
+    def _look_at_battery(self, home: Home, now: float) -> None:
+        """Before the dispatcher decides: what is left at its source."""
+        if home.node.battery is not None:
+            home.dispatcher.battery_is(home.node.battery.left_j(now))
+
     def _node_is(self, node: str, *, up: bool) -> None:
-        now = float(self.clock.now)
-        if up:
-            self.nodes[node].come_up()
+        now, place = float(self.clock.now), self.nodes[node]
+        if not up:
+            place.go_down(now)
+        elif place.battery is not None and place.battery.is_empty:
+            return
         else:
-            self.nodes[node].go_down()
+            place.come_up(now)
         for home in self.homes.values():
+            self._look_at_battery(home, now)
             self._carry_out(home, home.dispatcher.node_is(node, up=up, now_s=now), now)
 
     # One attempt
@@ -285,24 +309,37 @@ class _Simulation:
     def _computed(self, token: Token) -> None:
         stage, now = token.leg.target, token.at_s
         step = token.wired.steps[stage]
-        if token.life != step.node.life:
+        node = step.node
+        if token.life != node.life:
             return  # the node went meanwhile
-        spans = token.spans
+        spans, begun_s, ready_s = token.spans, token.begun_s, token.ready_s
+        node.served += 1
+        node.waited_s += begun_s - ready_s
         if spans is not None:
-            attempt, begun_s = token.start.attempt, token.begun_s
-            if begun_s > token.ready_s:
-                spans.append(new(Span, (WAIT, step.node.name, token.ready_s, begun_s, attempt, stage, None)))
+            attempt = token.start.attempt
+            if begun_s > ready_s:
+                spans.append(new(Span, (WAIT, node.name, ready_s, begun_s, attempt, stage, None)))
+            if node.memory is not None and token.loaded_s > begun_s:
+                spans.append(new(Span, (LOAD, node.name, begun_s, token.loaded_s, attempt, stage, None)))
+                begun_s = token.loaded_s
             if now > begun_s:
-                spans.append(new(Span, (COMPUTE, step.node.name, begun_s, now, attempt, stage, None)))
+                spans.append(new(Span, (COMPUTE, node.name, begun_s, now, attempt, stage, None)))
         if step.own and token.home.estimates:
             token.home.dispatcher.stage_done(token.start.request.number, token.start.attempt, stage, now)
         self._send(token, step.sends, now)
+
+    def _refused(self, token: Token, reason: str, now_s: float) -> None:
+        """A node had no room for a token."""
+        home, start = token.home, token.start
+        said = home.dispatcher.refused(start.request.number, start.attempt, reason, now_s, token.spans or ())
+        self._carry_out(home, said, now_s)
 
     def _answered(self, token: Token) -> None:
         home, start, now = token.home, token.start, token.at_s
         answer = NO_SPANS if token.spans is None else new(Answer, (token.spans, None, None, None))
         self._carry_out(home, home.dispatcher.answer(start.request.number, start.attempt, answer, now), now)
 
-    def _took(self, token: Token, kind: Kind, node: FifoNode, start_s: float, end_s: float, stage: int) -> None:
+    def _took(self, token: Token, kind: Kind, node: Place, start_s: float, end_s: float, stage: int) -> None:
+        node.work_aside(end_s, start_s)
         if token.spans is not None:
             token.spans.append(Span(kind, node.name, start_s, end_s, token.start.attempt, stage))

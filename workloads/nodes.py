@@ -200,7 +200,8 @@ class NodeSpec(_Spec):
 
     def at_speed(self, speed: float) -> NodeSpec:
         """The same, always at one speed."""
-        return NodeSpec(**(dict(self) | {"speed": speed, "period": None}))
+        said = {field: getattr(self, field) for field in self.model_fields_set}
+        return NodeSpec(**(said | {"speed": speed, "period": None}))
 
     def node(self, name: str) -> Node:
         """The node of that name, or the member of the group."""
