@@ -143,6 +143,33 @@ def policies(as_json: Json = False) -> None:
 
 
 @app.command()
+def traces(
+    files: Annotated[
+        list[Path], typer.Argument(help="Experiments or testbeds (YAML), or files of rates.", show_default=False)
+    ],
+    seed: Annotated[int | None, typer.Option(min=0, help="Of rates that are drawn.", show_default="the first")] = None,
+    time: Annotated[str | None, typer.Option(help="Column of times of a csv file.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Column of rates of a csv file.")] = None,
+    unit: Annotated[str | None, typer.Option(help="Unit of the rates in a file.", show_default="Mbit")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw them into this HTML file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the rates of links, or those in trace files: how fast, how changing, how often out."""
+    from isthmus.experiments.traces import find_traces, summary, write_plot
+
+    found = [trace for file in files for trace in find_traces(file, seed=seed, time=time, rate=rate, unit=unit)]
+    rows = [summary(trace) for trace in found]
+    if plot is not None:
+        write_plot(plot, found)
+    if as_json:
+        emit({"traces": rows} | ({} if plot is None else {"plot": str(plot)}))
+        return
+    tables.traces_table(found, rows)
+    if plot is not None:
+        present.console.print(f"Plot: [bold]{escape(str(plot))}[/]", soft_wrap=True)
+
+
+@app.command()
 def profile(
     model: Annotated[str, typer.Argument(help="A model by name, or a file.onnx.", show_default=False)],
     quick: Annotated[bool, typer.Option(help="Seconds instead of a minute or two, at about twice the error.")] = False,
@@ -212,12 +239,13 @@ def simulate(
     trace: Trace = None,
     force: Force = False,
     views: Annotated[bool, typer.Option(help="Keep what every decision was based on.")] = False,
+    spans: Annotated[bool, typer.Option(help="Keep where the time of each request went; off: a third faster.")] = True,
     as_json: Json = False,
 ) -> None:
     """Simulate an experiment."""
     experiment = _load(file, policy, seed, requests)
     with _progress("simulating", as_json) as move:
-        made = execute.simulate(experiment, out, views=views, replace=force, progress=move)
+        made = execute.simulate(experiment, out, views=views, spans=spans, replace=force, progress=move)
     _show_run(made, trace, as_json)
 
 

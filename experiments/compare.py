@@ -210,10 +210,12 @@ def _check_same(simulated: Run, other: Run) -> None:
 
 
 def _essence(run: Run) -> dict[str, Any]:
-    """What has to be equal. Models count by content: the same file lies elsewhere on another host."""
+    """What has to be equal. Models and traces count by content: the same file lies elsewhere on another host."""
     spec = run.experiment
     assert isinstance(spec.testbed, TestbedSpec)
-    testbed = spec.testbed.model_dump(exclude={"models", "profiles"})
+    traces = run.facts.get("traces", {})
+    by_content = spec.testbed.with_traces(lambda file: str(traces[file]["sha256"]))
+    testbed = by_content.model_dump(exclude={"models", "profiles"})
     return {
         **{f"testbed.{part}": value for part, value in testbed.items()},
         "models": {name: model["sha256"] for name, model in run.facts["models"].items()},
@@ -265,7 +267,7 @@ def _replayed(real: Run) -> pd.Series:
         }
         records: list[Record] = []
         replay(
-            real.testbed, requests, records.append, name=policy, seed=seed,
+            real.testbed.at_seed(seed), requests, records.append, name=policy, seed=seed,
             rows=rows, spans=spans.get((policy, seed), []),
             decisions=[d for d in real.decisions if (d["policy"], d["seed"]) == (policy, seed)],
             faults=spec.faults, drain_s=spec.drain,

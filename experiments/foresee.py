@@ -21,7 +21,7 @@ def foresee(experiment: Experiment, *, cuts: bool = False) -> list[dict[str, Any
 
     Nothing else is going on, and links have their mean rates.
     """
-    testbed, rows = experiment.testbed, []
+    testbed, rows = experiment.testbed.at_seed(experiment.spec.seeds[0]), []
     for source in experiment.spec.workload:
         node = experiment.testbed_spec.members(source.node)[0]  # the others of a group are alike
         request = Request(0, node, source.model, 0.0)

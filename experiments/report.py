@@ -24,8 +24,10 @@ from plotly.offline import get_plotlyjs
 
 from isthmus.experiments.compare import PERCENTILES, Comparison, breakdown, merge
 from isthmus.experiments.run_folder import Run
+from isthmus.experiments.traces import POINTS, sampled
 from isthmus.policies.records import Kind, Outcome
 from isthmus.workloads.documents import write_text
+from isthmus.workloads.rate import Rate
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import Link
 
@@ -129,6 +131,7 @@ def _section(number: int, subject: Comparison | Run, charts: _Charts) -> dict[st
         "distributions": [(p, _distribution(p, shown, charts)) for p in policies],
         "breakdown": _where_time_went(policies, shown, charts),
         "rates": _rates(shown[0].run, charts),
+        "rates_drawn": shown[0].run.testbed.at_seed(spec.seeds[0]) is not shown[0].run.testbed,
         "provenance": _provenance(runs),
         "experiment": yaml.safe_dump(
             {k: v for k, v in shown[0].run.facts["experiment"].items() if k != "name"}, sort_keys=False
@@ -271,16 +274,21 @@ def _bar(figure: go.Figure, labels: list[list[str]], seconds: pd.Series, name: s
 
 
 def _rates(run: Run, charts: _Charts) -> Markup | None:
-    """The rates of links that change, as long as requests come; None where all are constant."""
+    """The rates of links that change, as long as requests come; None where all are constant.
+
+    Those that are drawn are shown as the first seed drew them.
+    """
     until_s = float(run.requests[["arrival_s", "end_s"]].max().max())
-    named = _changing(run.testbed.links)
+    seed = run.experiment.seeds[0]
+    named = _changing(run.testbed.at_seed(seed).links)
     if not named:
         return None
     figure = go.Figure()
     for name, link in named.items():
-        times = _changes(link, until_s)
+        end_s = _visible_s(link.rate, until_s)
+        times, rates = sampled(link.rate, end_s)
         figure.add_scatter(
-            x=times, y=[link.rate.at(t) * 8e-6 for t in times], name=escape(name), mode="lines",
+            x=[*times.tolist(), end_s], y=[*(rates * 8e-6).tolist(), rates[-1] * 8e-6], name=escape(name), mode="lines",
             line={"shape": "hv", "width": 1.5}, hovertemplate="%{y:.4g} Mbit/s at %{x:.4g} s",
         )  # fmt: skip
     figure.update_xaxes(title="time in the run, s")
@@ -299,12 +307,11 @@ def _changing(links: Mapping[LinkId, Link]) -> dict[str, Link]:
     return found
 
 
-def _changes(link: Link, until_s: float) -> list[float]:
-    """When the rate changes, from 0 to the end; a schedule that repeats is unrolled, as far as it can be seen."""
-    starts, period = np.asarray(link.rate.starts_s), link.rate.period_s
-    turns = 1 if period is None else min(int(until_s // period) + 1, max(1, 4000 // len(starts)))
-    times = (starts[None, :] + (period or 0.0) * np.arange(turns)[:, None]).ravel()
-    return [*times[times < until_s].tolist(), min(until_s, turns * period) if period else until_s]
+def _visible_s(rate: Rate, until_s: float) -> float:
+    """Until when to draw a rate: a schedule that repeats is unrolled as far as it can be seen."""
+    if rate.period_s is None:
+        return until_s
+    return min(until_s, rate.period_s * max(1, POINTS // len(rate.starts_s)))
 
 
 # Provenance

@@ -4,6 +4,9 @@
     requests.parquet  one row per request (policies/records.py has the columns)
     spans.parquet     one row per thing that took time inside a request
     decisions.jsonl   the views that a controller decided on, and its plans (real runs)
+    profiles/         copies of the profiles and overheads that the run used
+    traces/           copies of the trace files of its links, named by their content; one of more than 16 MiB is not
+                      copied: run.json then names it where it lies, and has its hash as of every other
 
 A run that has not ended has `.partial` files and no tables: nothing half-written looks whole.
 """
@@ -15,12 +18,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +46,7 @@ from isthmus.workloads.service import Measured
 from isthmus.workloads.testbed import Testbed, TestbedSpec, profile_path
 
 SCHEMA_VERSION = 1
+_COPIED_BYTES = 16 * 2**20
 _CHUNK = 2_000
 """Records that are kept as they are, before they become columns; few, so that they are still in the cache then."""
 _ROW_GROUP = 100_000
@@ -97,13 +102,16 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
     return values if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
-class _Sink:
+class Sink:
     """Takes the records of one policy and seed, and turns them into columns, many at a time."""
 
-    def __init__(self, requests: _Table, spans: _Table | None, policy: str, seed: int) -> None:
+    def __init__(
+        self, requests: _Table, spans: _Table | None, policy: str, seed: int, tick: Callable[[int], None] | None
+    ) -> None:
         self._requests, self._spans = requests, spans
-        self._policy, self._seed = policy, seed
+        self._policy, self._seed, self._tick = policy, seed, tick
         self._records: list[Record] = []
+        self.kept = 0
 
     def keep(self, record: Record) -> None:
         self._records.append(record)
@@ -129,6 +137,9 @@ class _Sink:
                 {**dict(zip(Span._fields, zip(*rows, strict=True), strict=True)), **of, **self._cell(len(rows))}
             )
         self._records.clear()
+        self.kept += count
+        if self._tick is not None:
+            self._tick(self.kept)
 
     def _cell(self, rows: int) -> dict[str, pa.Array]:
         return {"policy": pa.repeat(self._policy, rows), "seed": pa.repeat(pa.scalar(self._seed, pa.int64()), rows)}
@@ -147,19 +158,22 @@ class RunWriter:
             folder.mkdir(parents=True, exist_ok=True)
             for old in ("run.json", "requests.parquet", "spans.parquet", "decisions.jsonl"):
                 (folder / old).unlink(missing_ok=True)
-            _keep_inputs(folder / "profiles", testbed)
+            _keep_inputs(folder, testbed)
             self._requests = _Table(folder / "requests.parquet", REQUEST_COLUMNS)
             self._spans = _Table(folder / "spans.parquet", SPAN_COLUMNS)
-            self._sink: _Sink | None = None
+            self._sink: Sink | None = None
             self._decisions = (folder / "decisions.jsonl.partial").open("w", encoding="utf-8")
         except OSError as error:
             raise RunFailure(f"{folder}: cannot be written: {error.strerror or error}") from None
 
-    def sink(self, policy: str, seed: int, *, spans: bool = True) -> Callable[[Record], None]:
-        """Where the records of one policy and seed go. Without `spans` only the request is kept."""
+    def sink(self, policy: str, seed: int, *, spans: bool = True, tick: Callable[[int], None] | None = None) -> Sink:
+        """Where the records of one policy and seed go. Without `spans` only the request is kept.
+
+        `tick` is told now and then how many it has taken.
+        """
         self._flush()
-        self._sink = _Sink(self._requests, self._spans if spans else None, policy, seed)
-        return self._sink.keep
+        self._sink = Sink(self._requests, self._spans if spans else None, policy, seed, tick)
+        return self._sink
 
     def _flush(self) -> None:
         if self._sink is not None:
@@ -248,7 +262,7 @@ class Run:
 
     @cached_property
     def testbed(self) -> Testbed:
-        """The testbed of the run, with the profiles that it used."""
+        """The testbed of the run, with the profiles that it used. `at_seed` has the rates that a seed drew."""
         spec = self.experiment.testbed
         assert isinstance(spec, TestbedSpec)
         used = frozenset(source.model for source in self.experiment.workload)
@@ -298,23 +312,40 @@ class Run:
 _OUTCOMES = tuple(outcome.value for outcome in Outcome)
 
 
-def _keep_inputs(store: Path, testbed: Testbed) -> None:
+def _keep_inputs(folder: Path, testbed: Testbed) -> None:
     """Copies of what was measured, so that the run can be understood and replayed when the originals have changed."""
+    store = folder / "profiles"
     store.mkdir(exist_ok=True)
-    for (_, model), service in testbed.services.items():
+    kept = {id(service): (model, service) for (_, model), service in testbed.services.items()}  # groups share theirs
+    for model, service in kept.values():
         if isinstance(service, Measured):
             service.profile.save(profile_path(store, model, service.profile.machine.label))
     testbed.overheads.save(store)
+    for file in testbed.spec.traces:
+        if (copy := folder / _trace(file)[0]) != Path(file):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def _trace(file: str) -> tuple[str, str]:
+    """What a run folder calls a trace file, and its hash. Runs over the same content call it the same."""
+    path = Path(file)
+    with path.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    small = path.stat().st_size <= _COPIED_BYTES
+    return f"traces/{path.stem}-{digest[:12]}{path.suffix}" if small else file, digest
 
 
 def _resolved(spec: ExperimentSpec, testbed: Testbed) -> ExperimentSpec:
-    """The experiment as it can be read from the run folder: profiles beside it, model files by absolute path."""
+    """The experiment as it can be read from the run folder: profiles and traces in it, model files by absolute path."""
     models = {
         n: str(Path(m.source).resolve()) if Path(m.source).is_file() else m.source for n, m in testbed.models.items()
     }
     models = {**testbed.spec.models, **models}
-    kept = testbed.spec.model_copy(update={"profiles": "profiles", "models": models})
-    return spec.model_copy(update={"testbed": kept})
+    kept = testbed.spec.with_traces(lambda file: _trace(file)[0])
+    return spec.model_copy(
+        update={"testbed": kept.model_copy(update={"profiles": "profiles", "models": models})},
+    )
 
 
 def _facts(world: str, spec: ExperimentSpec, testbed: Testbed) -> dict[str, Any]:
@@ -327,9 +358,13 @@ def _facts(world: str, spec: ExperimentSpec, testbed: Testbed) -> dict[str, Any]
         "host": {"node": platform.node(), "machine": platform.machine(), "system": platform.platform()},
         "packages": {name: _version(name) for name in _PACKAGES},
         "models": {name: {"source": m.source, "sha256": m.sha256} for name, m in testbed.models.items()},
+        "traces": {
+            name: {"source": file, "sha256": digest} for file in testbed.spec.traces for name, digest in [_trace(file)]
+        },
         "services": {
             f"{node}/{model}": {"provenance": service.provenance, "sha256": _profile_hash(service)}
-            for (node, model), service in testbed.services.items()
+            for node, model in product(testbed.spec.nodes, testbed.models)
+            if (service := testbed.services.get((testbed.spec.members(node)[0], model))) is not None
         },
         "overheads": testbed.overheads.model_dump(),
     }

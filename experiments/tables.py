@@ -11,11 +11,12 @@ from rich.markup import escape
 from isthmus.experiments.compare import Comparison
 from isthmus.experiments.present import console, milliseconds, percent, table, warn
 from isthmus.experiments.run_folder import Run
+from isthmus.experiments.traces import Trace, sparkline
 from isthmus.policies.records import Outcome
 from isthmus.workloads.model import Model, members
 from isthmus.workloads.overheads import Overheads
 from isthmus.workloads.profile import Profile
-from isthmus.workloads.units import show_bytes
+from isthmus.workloads.units import show_bytes, show_time
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -62,6 +63,31 @@ def policies_table(rows: Rows) -> None:
         ],
         caption="Your own: module:Class, or the entry-point group isthmus.policies of any installed package.",
     )
+
+
+def traces_table(traces: Sequence[Trace], rows: Rows) -> None:
+    def mbit(row: Mapping[str, Any], which: str) -> str:
+        return f"{row[f'{which}_bytes_per_s'] * 8e-6:.3g}"
+
+    table(
+        "Rates, Mbit/s",
+        ["link or file", "kind", "lasts>", *(f"{w}>" for w in _TRACE_RATES), "outage %>", "over time"],
+        [
+            [
+                row["name"],
+                row["kind"],
+                None if row["duration_s"] is None else show_time(row["duration_s"]),
+                *(mbit(row, which) for which in _TRACE_RATES),
+                percent(row["outage_share"], ""),
+                sparkline(trace.rate),
+            ]
+            for trace, row in zip(traces, rows, strict=True)
+        ],
+        caption="Shares of time over one period. A blank over time is an outage.",
+    )
+
+
+_TRACE_RATES = ("mean", "p5", "p50", "p95", "lowest")
 
 
 def profile_table(model: Model, profile: Profile, path: Path) -> None:

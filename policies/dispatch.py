@@ -24,7 +24,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from isthmus.policies.bill import energy_j, money_usd
-from isthmus.policies.contract import Learner, Policy, Truth, View, is_blind, is_oracle
+from isthmus.policies.contract import Policy, Truth, View, is_blind, is_oracle
 from isthmus.policies.estimators import Estimators
 from isthmus.policies.plan import Compiled, Plan, compile_plan, whole_on
 from isthmus.policies.records import Outcome, Record, Span
@@ -78,6 +78,9 @@ class Compiler:
 
     def __init__(self, testbed: Testbed) -> None:
         self._testbed = testbed
+        beliefs = Estimators(testbed)
+        self.unseen = beliefs.links(0.0), beliefs.nodes(0.0)
+        """What is believed of links and nodes of which nothing was seen: for policies that do not look."""
         self._compiled: dict[tuple[Plan, str, str], Compiled] = {}
 
     def __call__(self, plan: Plan, model: str, source: str) -> Compiled:
@@ -97,6 +100,10 @@ class Compiler:
 class Dispatcher:
     """The controller of one source. `watch`, where given, sees each decision: request, attempt, view, plan."""
 
+    # Slots: with very many sources a request finds its dispatcher out of the processor's caches.
+    __slots__ = ("_bills", "_compile", "_down", "_estimators", "_known", "_learn", "_lost", "_open", "_recent",
+                 "_testbed", "_truth", "_unseen", "_watch", "name", "policy", "source")  # fmt: skip
+
     def __init__(
         self,
         source: str,
@@ -110,12 +117,11 @@ class Dispatcher:
         self.source, self.policy, self.name = source, policy, name
         self._testbed, self._known, self._compile = testbed, testbed.nominal, compiler
         self._truth = Truth(testbed.rates) if is_oracle(policy) else None
-        beliefs = Estimators(testbed)
-        self._estimators = None if is_blind(policy) else beliefs
-        self._unseen = source, self._known, beliefs.links(0.0), beliefs.nodes(0.0), self._truth
+        self._estimators = None if is_blind(policy) else Estimators(testbed)
+        self._unseen = source, self._known, *compiler.unseen, self._truth
         self._recent: tuple[Plan | None, str, Compiled | None] = None, "", None
         self._bills = testbed.has_power or testbed.has_prices
-        self._learn = policy.learn if isinstance(policy, Learner) else None
+        self._learn: Callable[[Record], None] | None = getattr(policy, "learn", None)
         self._down: set[str] = set()
         self._open: dict[int, Start] = {}
         self._lost: dict[int, list[Span]] = {}
@@ -152,7 +158,7 @@ class Dispatcher:
 
     def arrive(self, request: Request, now_s: float) -> Sequence[Action]:
         """A request arrived."""
-        if self.source in self._down:
+        if self._down and self.source in self._down:
             return (self._close(request, 0, None, Outcome.FAILED, f"source {self.source} down"),)
         return self._start(request, 1, now_s)
 
@@ -291,7 +297,7 @@ class Dispatcher:
             _, correct, error, overruns = answer
             if self._bills:
                 energy, money = energy_j(spans, self._testbed), money_usd(spans, self._testbed)
-        plan = None if compiled is None else compiled.plan.to_json()
+        plan = None if compiled is None else compiled.text
         record: Record = new(
             Record,
             (number, self.source, request.model, request.arrival_s, request.deadline_s, now_s, outcome, reason, plan,

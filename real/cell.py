@@ -131,7 +131,7 @@ class NodeCell:
 
     def __init__(self, server: Server, cell: Cell) -> None:
         self.server, self.cell = server, cell
-        self.name, self.testbed, self.slowdown = server.name, server.testbed, server.node.slowdown
+        self.name, self.testbed, self.slowdown = server.name, server.testbed.at_seed(cell.seed), server.node.slowdown
         self.clock = Clock(cell.epoch)
         self.failure: BaseException | None = None
         self._compile = Compiler(self.testbed)

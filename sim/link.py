@@ -18,10 +18,10 @@ new = tuple.__new__  # makes a named tuple in half the time
 class FifoLink:
     """What enters first leaves first. `arrived` is called with each token at the far end."""
 
-    __slots__ = ("_arrived", "_clock", "_constant", "_free_s", "_latency_s", "_rate", "place")
+    __slots__ = ("_arrived", "_constant", "_free_s", "_latency_s", "_push", "_rate", "_tick", "place")
 
     def __init__(self, clock: Clock, link: Link, arrived: Callbacks) -> None:
-        self._clock, self._arrived = clock, arrived
+        self._push, self._tick, self._arrived = clock.push, clock.tick, arrived
         self._rate, self._latency_s = link.rate, link.latency_s
         self._constant = link.rate.mean_bytes_per_s if link.rate.is_constant else None
         self._free_s = 0.0
@@ -44,5 +44,5 @@ class FifoLink:
             if arrived_s > start_s:
                 token.spans.append(new(Span, (SEND, self.place, start_s, arrived_s, attempt, leg.source, leg.bytes)))
         token.at_s, token.callbacks = arrived_s, self._arrived
-        self._clock.push((arrived_s, 1, self._clock.tick(), token))
+        self._push((arrived_s, 1, self._tick(), token))
         return left_s

@@ -147,11 +147,11 @@ class Place:
 class FifoNode(Place):
     """`slots` tokens at a time, first come, first served. `computed` is called with each at its end."""
 
-    __slots__ = ("_busy_s", "_computed", "_free_s")
+    __slots__ = ("_busy_s", "_computed", "_free_s", "_push", "_tick")
 
     def __init__(self, clock: Clock, node: Node, computed: Callbacks) -> None:
         super().__init__(clock, node)
-        self._computed = computed
+        self._push, self._tick, self._computed = clock.push, clock.tick, computed
         self._free_s = [0.0] * node.slots  # a heap: when each slot is free again
         self._busy_s = 0.0  # also what is still to be done
 
@@ -166,7 +166,7 @@ class FifoNode(Place):
         self._busy_s += seconds
         token.ready_s, token.begun_s, token.life = now_s, begun_s, self.life
         token.at_s, token.callbacks = end_s, self._computed
-        self._clock.push((end_s, 1, self._clock.tick(), token))
+        self._push((end_s, 1, self._tick(), token))
 
     def busy_s(self, now_s: float) -> float:
         # A slot that is not free yet works without a pause until it is: all that it will do has come.

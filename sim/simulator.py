@@ -15,6 +15,7 @@ What happens to a token, and which call does it (all are told the time, as `now`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
@@ -23,15 +24,16 @@ from isthmus.policies.contract import Policy, View, is_oracle
 from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
 from isthmus.policies.plan import Compiled, Plan
 from isthmus.policies.records import Kind, Record, Span
-from isthmus.sim.clock import Armed, Callbacks, Clock, few_collections
+from isthmus.sim.arrivals import Arrivals
+from isthmus.sim.clock import Clock, few_collections
 from isthmus.sim.link import FifoLink
 from isthmus.sim.node import NodeTotals, Place
 from isthmus.sim.nodes import make_node
 from isthmus.sim.token import Token
-from isthmus.sim.wiring import Leg, Wiring
+from isthmus.sim.wiring import Leg, Wired, Wiring
 from isthmus.workloads.errors import unknown
 from isthmus.workloads.faults import NodeFault
-from isthmus.workloads.requests import Request
+from isthmus.workloads.requests import ClosedLoop, Request
 from isthmus.workloads.testbed import Testbed
 
 Watch = Callable[[Request, int, View, Plan], None]
@@ -51,7 +53,7 @@ class Durations(Protocol):
 
 def simulate(
     testbed: Testbed,
-    requests: Mapping[str, Iterable[Request]],
+    requests: Mapping[str, Iterable[Request] | ClosedLoop],
     policies: Mapping[str, Policy],
     sink: Callable[[Record], None],
     *,
@@ -67,7 +69,8 @@ def simulate(
 
     What every node did in all is the answer.
 
-    Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. The run ends when nothing
+    Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. A closed loop is told when
+    a request has ended, and asked for the next. The run ends when nothing
     is left to happen, and at the latest `drain_s` after the last arrival; what is open then is `unfinished`.
     `durations` replaces drawn service and decision times (a real run's own, for the structural error). Without `spans`
     records have none. Raises PolicyFailure when a policy raises or plans the impossible.
@@ -80,18 +83,26 @@ def simulate(
     return [node.totals(float(run.clock.now)) for node in run.nodes.values()]
 
 
-class Home(Armed):
-    """A source: its dispatcher, and the requests that are still to arise there. Armed for the next one."""
+class Home:
+    """A source: its dispatcher, and its closed loop if it has one."""
 
-    __slots__ = ("arrives_at", "decide_s", "dispatcher", "estimates", "node", "request", "requests", "spans")
+    __slots__ = ("battery", "decide_s", "dispatcher", "estimates", "loop", "node", "spans", "users", "wired")
 
-    arrives_at: Callbacks
-    request: Request
+    wired: Wired | None
+    """The plan that it used last."""
+    users: int
+    """Of a closed loop: those that will still ask, or wait for an answer."""
 
     def __init__(
-        self, dispatcher: Dispatcher, node: Place, requests: Iterator[Request], decide_s: float, spans: bool
+        self,
+        dispatcher: Dispatcher,
+        node: Place,
+        loop: ClosedLoop | None,
+        decide_s: float,
+        spans: bool,
     ) -> None:
-        self.dispatcher, self.node, self.requests, self.decide_s = dispatcher, node, requests, decide_s
+        self.dispatcher, self.node, self.loop, self.decide_s, self.wired = dispatcher, node, loop, decide_s, None
+        self.battery = node.battery
         self.estimates, self.spans = dispatcher.estimates, spans or dispatcher.wants_spans
 
 
@@ -99,7 +110,7 @@ class _Simulation:
     def __init__(
         self,
         testbed: Testbed,
-        requests: Mapping[str, Iterable[Request]],
+        requests: Mapping[str, Iterable[Request] | ClosedLoop],
         policies: Mapping[str, Policy],
         sink: Callable[[Record], None],
         seed: int,
@@ -124,18 +135,24 @@ class _Simulation:
         self._wake_s = testbed.overheads.wake_s
         compiler = Compiler(testbed)
         self._over = self.clock.event()
-        self._open = self._sources = 0
-        arrives_at = (self._arrive,)
+        self._open = 0
+        open_loops: list[tuple[Home, Iterator[Request]]] = []
         self.homes: dict[str, Home] = {}
         for source, policy in policies.items():
             dispatcher = Dispatcher(source, policy, testbed, compiler, name=name, watch=watch)
             decide_s = 0.0 if is_oracle(policy) else testbed.overheads.decide_s.get(name, 0.0)
             decide_s *= testbed.nodes[source].slowdown
-            home = Home(dispatcher, self.nodes[source], iter(requests.get(source, ())), decide_s, spans)
-            home.arrives_at = arrives_at if home.node.battery is None else (self._looks_at_battery, *arrives_at)
-            self.homes[source] = home
-            self._sources += 1
-            self._await_next(home, 0.0)
+            asked = requests.get(source, ())
+            loop = asked if isinstance(asked, ClosedLoop) else None
+            home = self.homes[source] = Home(dispatcher, self.nodes[source], loop, decide_s, spans)
+            if not isinstance(asked, ClosedLoop):
+                open_loops.append((home, iter(asked)))
+        loops = [home for home in self.homes.values() if home.loop is not None]
+        self._sources = 1 + len(loops)
+        self._arrivals = Arrivals(self.clock, open_loops, self._arrive, self._exhausted)
+        self._arrivals.begin()
+        for home in loops:
+            self._begin_loop(home)
         for fault in faults:
             self.clock.call(fault.down, partial(self._node_is, fault.node, up=False))
             if fault.up is not None:
@@ -146,6 +163,10 @@ class _Simulation:
             if self._sources or self._open:
                 with few_collections():
                     self.clock.run(until=self._over)
+        except RuntimeError:
+            if self.clock.peek() < math.inf:
+                raise
+            # Nothing is left to happen: what is open waits for an answer that was lost.
         except KeyboardInterrupt:
             self._close_all("interrupted")
             raise
@@ -159,28 +180,53 @@ class _Simulation:
 
     # Requests come and go
 
-    def _await_next(self, home: Home, now: float) -> None:
-        request = next(home.requests, None)
-        if request is not None:
-            home.request = request
-            self.clock.arm(home, request.arrival_s, home.arrives_at)
-            return
+    def _exhausted(self, now: float) -> None:
+        """Of all open sources together, or of a closed loop, nothing more will come."""
         self._sources -= 1
         if not self._sources:
             self.clock.call(now + self.drain_s, self._stop)
 
-    def _arrive(self, home: Home) -> None:
-        now, request = home.at_s, home.request
+    def _arrive(self, home: Home, request: Request, now: float) -> None:
         self._open += 1
-        actions = home.dispatcher.arrive(request, now)
-        self._await_next(home, now)
-        self._carry_out(home, actions, now)
+        if home.battery is not None:
+            self._look_at_battery(home, now)
+        self._carry_out(home, home.dispatcher.arrive(request, now), now)
+
+    def _begin_loop(self, home: Home) -> None:
+        assert home.loop is not None
+        requests = home.loop.first()
+        home.users = len(requests)
+        for request in requests:
+            self._ask(home, request)
+        if not requests:
+            self._exhausted(0.0)
+
+    def _ask(self, home: Home, request: Request) -> None:
+        """A user of a closed loop will ask."""
+        self._open += 1  # from now on: who is thinking is not done
+        self.clock.call(request.arrival_s, partial(self._asked, home, request))
+
+    def _asked(self, home: Home, request: Request) -> None:
+        now = request.arrival_s
+        self._look_at_battery(home, now)
+        self._carry_out(home, home.dispatcher.arrive(request, now), now)
+
+    def _ask_again(self, home: Home, loop: ClosedLoop, now: float) -> None:
+        request = loop.after(now)
+        if request is not None:
+            self._ask(home, request)
+            return
+        home.users -= 1
+        if not home.users:
+            self._exhausted(now)
 
     def _carry_out(self, home: Home, actions: Sequence[Action], now: float) -> None:
         for action in actions:
             if type(action) is Start:
                 self._begin(home, action, now)
             elif type(action) is Record:
+                if home.loop is not None:
+                    self._ask_again(home, home.loop, now)
                 self._keep(action)
             else:
                 assert type(action) is Timer
@@ -196,17 +242,14 @@ class _Simulation:
         if not self._over.triggered:
             self._over.succeed()
 
+    def _look_at_battery(self, home: Home, now: float) -> None:
+        """Before its dispatcher decides: what is left at the source."""
+        if home.battery is not None:
+            home.dispatcher.battery_is(home.battery.left_j(now))
+
     def _timer(self, home: Home, timer: Timer) -> None:
         self._look_at_battery(home, timer.at_s)
         self._carry_out(home, home.dispatcher.timer(timer.number, timer.attempt, timer.at_s), timer.at_s)
-
-    def _looks_at_battery(self, home: Home) -> None:
-        self._look_at_battery(home, home.at_s)
-
-    def _look_at_battery(self, home: Home, now: float) -> None:
-        """Before the dispatcher decides: what is left at its source."""
-        if home.node.battery is not None:
-            home.dispatcher.battery_is(home.node.battery.left_j(now))
 
     def _node_is(self, node: str, *, up: bool) -> None:
         now, place = float(self.clock.now), self.nodes[node]
@@ -223,7 +266,9 @@ class _Simulation:
     # One attempt
 
     def _begin(self, home: Home, start: Start, now: float) -> None:
-        wired = self._wire(start.compiled)
+        wired = home.wired
+        if wired is None or wired.compiled is not start.compiled:
+            wired = home.wired = self._wire(start.compiled)
         missing = None if wired.needs is None else list(wired.needs)
         token = Token(start, home, wired, [] if home.spans else None, missing)
         if start.decided:

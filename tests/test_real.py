@@ -106,6 +106,23 @@ def test_emulated_times_are_the_simulated_ones(synthetic, emulate, play):
         ]
 
 
+def test_actors_meet_the_rates_that_the_seed_of_their_cell_draws(synthetic, ray):
+    drawn = {"kind": "markov", "states": [["50Mbit", "100ms"], ["5Mbit", "100ms"]], "duration": "10s"}
+    testbed = synthetic({"device": "5ms", "cloud": "5ms"}, [{"between": ["device", "cloud"], "rate": drawn}])
+    with Emulation(ray, testbed) as emulation:
+        emulation.prepare([], {"device": "chain"}, 2)
+        for seed in (2, 3):
+            records: list[Record] = []
+            requests = {"device": poisson("chain", 10)}
+            emulation.run_cell(requests, {"device": spec("remote").make(1)}, records.append, seed=seed)
+            links = testbed.at_seed(seed).links
+            sent = [s for record in records for s in record.spans if s.kind is Kind.SEND]
+            assert len(sent) == 20
+            for span in sent:
+                rate = links[tuple(span.place.split(">"))].rate
+                assert rate.finish_s(span.start_s, span.bytes) == pytest.approx(span.end_s, abs=1e-9)
+
+
 class Branches:
     """The two branches of the diamond on different nodes, joined on a third."""
 

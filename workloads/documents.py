@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -13,6 +14,17 @@ from pydantic import BaseModel, ValidationError
 from isthmus.workloads.errors import InputError, RunFailure
 
 Document = TypeVar("Document", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with the booleans of YAML 1.2: `on` and `off` are words, and so may be names of fields."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^([tT]rue|TRUE|[fF]alse|FALSE)$"), list("tTfF"))
 
 
 def read_text(path: str | Path) -> str:
@@ -29,7 +41,7 @@ def read_text(path: str | Path) -> str:
 def read_yaml(path: str | Path) -> Any:
     """A YAML file (safe loader). InputError with line and column when it is not YAML."""
     try:
-        return yaml.safe_load(read_text(path))
+        return yaml.load(read_text(path), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
@@ -83,7 +95,7 @@ def _fields(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     kinds = [kind]
     for part in loc:
         inner = [k.model_fields[str(part)].annotation for k in kinds if part in k.model_fields]
-        named = [k for k in kinds if k.__name__.lower() == str(part).lower()]  # or a tag: a name in lower case
+        named = [k for k in kinds if part in (k.__name__, getattr(k.model_fields.get("kind"), "default", None))]
         kinds = [m for annotation in inner for m in _models(annotation)] if inner else named or kinds
     return list(dict.fromkeys(name for k in kinds for name in k.model_fields))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError, unknown
 from isthmus.workloads.faults import NodeFault
-from isthmus.workloads.requests import Request, Source
+from isthmus.workloads.requests import ClosedLoop, Request, Source
 from isthmus.workloads.testbed import TestbedSpec
 from isthmus.workloads.units import Seconds
 
@@ -43,8 +43,7 @@ class ExperimentSpec(BaseModel):
         if isinstance(spec.testbed, str):
             file = folder / spec.testbed
             testbed = parse(TestbedSpec, read_yaml(file), where=file)
-            profiles = str(Path(spec.testbed).parent / testbed.profiles)
-            spec = spec.model_copy(update={"testbed": testbed.model_copy(update={"profiles": profiles})})
+            spec = spec.model_copy(update={"testbed": testbed.moved(Path(spec.testbed).parent, folder)})
         spec.check(where=where)
         return spec
 
@@ -90,3 +89,15 @@ class ExperimentSpec(BaseModel):
     def draw(self, seed: int) -> Mapping[str, list[Request]]:
         """The requests of every source. The same seed gives the same requests, whatever the policy."""
         return {node: source.draw(seed) for node, source in self.sources.items()}
+
+    def arrive(self, seed: int) -> Mapping[str, Iterator[Request] | ClosedLoop]:
+        """The same, drawn one by one as they are taken; and closed loops, for a simulation."""
+        return {
+            node: source.loop(seed) if source.arrivals.closed else source.arrive(seed)
+            for node, source in self.sources.items()
+        }
+
+    @property
+    def expected_requests(self) -> int:
+        """About how many requests one run will have, for progress."""
+        return sum(source.expected for source in self.sources.values())

@@ -53,6 +53,22 @@ class Source(BaseModel):
             return self
         return self.model_copy(update={"arrivals": self.arrivals.resolved(folder)})
 
+    @property
+    def expected(self) -> int:
+        """About how many requests a run will have; of a closed loop, as many as if answers came at once."""
+        arrivals, counts = self.arrivals, [] if self.requests is None else [self.requests]
+        if isinstance(arrivals, Replay):
+            counts.append(len(arrivals.times or ()))
+        elif self.duration is not None:
+            rate = arrivals.users / max(arrivals.think, 1e-9) if isinstance(arrivals, Closed) else arrivals.rate
+            counts.append(round(self.duration * rate))
+        return min(counts)
+
+    def loop(self, seed: int) -> ClosedLoop:
+        """The requests of a closed loop, which only a run can ask for."""
+        assert isinstance(self.arrivals, Closed)
+        return ClosedLoop(self, self.arrivals, self.arrivals.think_s(stream(seed, self.node, "arrivals")))
+
     def draw(self, seed: int) -> list[Request]:
         """The requests of one run, in order of arrival. The same seed gives the same requests under every policy."""
         return list(self.arrive(seed))
@@ -80,3 +96,25 @@ class Source(BaseModel):
                 return
             deadline_s = None if deadline is None else now_s + deadline
             yield make(Request, (number, node, model, now_s, deadline_s, timeout, priority))
+
+
+class ClosedLoop:
+    """The users of one source. Each has a request under way or is thinking."""
+
+    def __init__(self, source: Source, arrivals: Closed, think_s: Iterator[float]) -> None:
+        self._source, self._users, self._think_s = source, arrivals.users, think_s
+        self._number = 0
+
+    def first(self) -> list[Request]:
+        """What the users ask first."""
+        return [request for _ in range(self._users) if (request := self.after(0.0)) is not None]
+
+    def after(self, now_s: float) -> Request | None:
+        """What a user asks next whose request has ended now, however it did; None where the source has stopped."""
+        source, number = self._source, self._number
+        arrival_s = now_s + next(self._think_s)
+        if number == source.requests or (source.duration is not None and arrival_s > source.duration):
+            return None
+        self._number += 1
+        deadline_s = None if source.deadline is None else arrival_s + source.deadline
+        return Request(number, source.node, source.model, arrival_s, deadline_s, source.timeout, source.priority)

@@ -6,14 +6,14 @@ uses: models loaded, profiles found and checked, links in both directions, route
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError, unknown
@@ -21,46 +21,14 @@ from isthmus.workloads.model import Model, load_model
 from isthmus.workloads.nodes import Node, NodeSpec
 from isthmus.workloads.overheads import Overheads
 from isthmus.workloads.profile import Profile
+from isthmus.workloads.random import stream
 from isthmus.workloads.rate import Rate
+from isthmus.workloads.rates import Constant, Drawn, RateSpec, Schedule
 from isthmus.workloads.routing import NONE_DOWN, LinkId, Routes
 from isthmus.workloads.service import Measured, Service, Synthetic
-from isthmus.workloads.units import Seconds, parse_rate, parse_time
+from isthmus.workloads.trace_file import TraceFile
+from isthmus.workloads.units import Seconds
 
-
-def _rate(value: Any) -> Any:
-    """`20Mbit`, or a schedule `[[0s, 20Mbit], [5s, 4Mbit]]` in which 0 is an outage."""
-    if not isinstance(value, list | tuple):
-        return ((0.0, parse_rate(value)),)
-    pairs = []
-    for entry in value:
-        if not isinstance(entry, list | tuple) or len(entry) != 2:
-            raise InputError(f"{entry!r} is not a pair of time and rate", allowed="[[0s, 20Mbit], [5s, 4Mbit], …]")
-        time, rate = entry
-        pairs.append((parse_time(time), 0.0 if rate == 0 else parse_rate(rate)))
-    return tuple(pairs)
-
-
-def _rate_or_value_error(value: Any) -> Any:
-    try:
-        return _rate(value)
-    except InputError as error:
-        raise ValueError(str(error)) from None
-
-
-_TYPED = {"type": ["string", "number"]}
-RateSpec = Annotated[
-    tuple[tuple[float, float], ...],
-    BeforeValidator(_rate_or_value_error),
-    WithJsonSchema(
-        {
-            "description": "rate, such as 20Mbit, or pairs of time and rate, such as [[0s, 20Mbit], [5s, 0]]",
-            "anyOf": [
-                _TYPED,
-                {"type": "array", "items": {"type": "array", "items": _TYPED, "minItems": 2, "maxItems": 2}},
-            ],
-        }
-    ),
-]
 NodeName = Annotated[str, Field(pattern=r"^[^\s>]+$")]  # records write a link as `a>b`
 
 
@@ -80,7 +48,7 @@ class LinkSpec(_Spec):
     """A link between two nodes. `back` is the second node to the first; what it leaves out is as on the way there.
 
     Between a group and a node there is one link per member, between two groups members are dealt out evenly: each of
-    the larger group has one link.
+    the larger group has one link. A rate that is drawn is drawn for each of them and for each direction.
     """
 
     between: tuple[str, str]
@@ -88,6 +56,28 @@ class LinkSpec(_Spec):
     period: Seconds | None = Field(default=None, description="after which a schedule of rates repeats")
     latency: Seconds = 0.0
     back: DirectionSpec = DirectionSpec()
+
+    @model_validator(mode="after")
+    def _periods_are_of_schedules(self) -> LinkSpec:
+        self.directions()
+        return self
+
+    def directions(self) -> tuple[tuple[RateSpec, float], tuple[RateSpec, float]]:
+        """There and back: rate, and latency in seconds."""
+        back = self.back
+        rate = self.rate if back.rate is None else back.rate
+        period = self.period if back.rate is None and back.period is None else back.period
+        latency = self.latency if back.latency is None else back.latency
+        return (_repeating(self.rate, self.period), self.latency), (_repeating(rate, period), latency)
+
+
+def _repeating(rate: RateSpec, period: float | None) -> RateSpec:
+    """A rate with the `period` that stands beside it."""
+    if period is None or isinstance(rate, Constant):
+        return rate
+    if isinstance(rate, Schedule):
+        return rate.model_copy(update={"period": period})
+    raise ValueError(f"has a `period`, and a rate of the kind {rate.kind!r}, which has its own (allowed: a schedule)")
 
 
 class TestbedSpec(_Spec):
@@ -119,6 +109,42 @@ class TestbedSpec(_Spec):
         many = max(len(first), len(second))
         return [(first[i * len(first) // many], second[i * len(second) // many]) for i in range(many)]
 
+    def directed(self, link: LinkSpec) -> Iterator[tuple[list[LinkId], RateSpec, float]]:
+        """The links that one entry stands for, there and then back, with their rate and their latency in seconds."""
+        pairs = self.pairs(link)
+        there, back = link.directions()
+        yield pairs, *there
+        yield [(b, a) for a, b in pairs], *back
+
+    @property
+    def traces(self) -> list[str]:
+        """The trace files of its links."""
+        rates = (rate for link in self.links for rate in (link.rate, link.back.rate))
+        return list(dict.fromkeys(rate.file for rate in rates if isinstance(rate, TraceFile)))
+
+    def with_traces(self, name: Callable[[str], str]) -> TestbedSpec:
+        """The same testbed with its trace files under other names."""
+
+        def renamed(rate: RateSpec | None) -> RateSpec | None:
+            return rate.model_copy(update={"file": name(rate.file)}) if isinstance(rate, TraceFile) else rate
+
+        links = [
+            link.model_copy(
+                update={
+                    "rate": renamed(link.rate),
+                    "back": link.back.model_copy(update={"rate": renamed(link.back.rate)}),
+                }
+            )
+            for link in self.links
+        ]
+        return self.model_copy(update={"links": tuple(links)})
+
+    def moved(self, way: Path, folder: Path) -> TestbedSpec:
+        """As it reads in `folder`, when its own folder is `way` from there: profiles, traces, and models in files."""
+        models = {n: str(way / m) if (folder / way / m).is_file() else m for n, m in self.models.items()}
+        spec = self.with_traces(lambda file: str(way / file))
+        return spec.model_copy(update={"models": models, "profiles": str(way / self.profiles)})
+
 
 @dataclass(frozen=True)
 class Link:
@@ -142,6 +168,7 @@ class Testbed:
     services: Mapping[tuple[str, str], Service]
     overheads: Overheads
     spec: TestbedSpec
+    """What it was built from, with trace files by absolute path."""
     down: frozenset[LinkId] = NONE_DOWN
     """Links that routes lead around, where they can."""
 
@@ -160,8 +187,9 @@ class Testbed:
         where: object = None,
         need_profiles: bool = True,
         only_models: frozenset[str] | None = None,
+        seed: int = 1,
     ) -> Testbed:
-        """From a description. `folder` is what its relative paths start from.
+        """From a description. `folder` is what its relative paths start from; `seed` is that of rates that are drawn.
 
         Without `need_profiles` nodes that take a measured profile get no service times: calibration starts so.
         `only_models` leaves the others out, so that a testbed of many models asks for the profiles it needs.
@@ -180,31 +208,7 @@ class Testbed:
                 if member in nodes:
                     raise InputError(f"there are two nodes {member!r}", where=f"{where or spec.name}: nodes.{name}")
                 nodes[member] = s.node(member)
-        links: dict[LinkId, Link] = {}
-        for number, link in enumerate(spec.links):
-            field = f"{where or spec.name}: links[{number}]"
-            for end in link.between:
-                if end not in nodes and end not in spec.nodes:
-                    raise unknown("node", end, spec.nodes, where=f"{field}.between")
-            pairs = spec.pairs(link)
-            for pair in pairs:
-                if pair[0] == pair[1]:
-                    raise InputError(f"{pair[0]!r} is linked to itself", where=f"{field}.between")
-                if pair in links:
-                    raise InputError(f"{pair[0]!r} and {pair[1]!r} are linked twice", where=f"{field}.between")
-            back = link.back
-            back_rate = link.rate if back.rate is None else back.rate
-            back_period = link.period if back.rate is None and back.period is None else back.period
-            back_latency = link.latency if back.latency is None else back.latency
-            for ways, rate, period, latency, part in (
-                (pairs, link.rate, link.period, link.latency, "rate"),
-                ([(b, a) for a, b in pairs], back_rate, back_period, back_latency, "back.rate"),
-            ):
-                try:
-                    made = Rate(tuple(t for t, _ in rate), tuple(r for _, r in rate), period)
-                except InputError as error:
-                    raise InputError(error.problem, where=f"{field}.{part}", allowed=error.allowed) from None
-                links |= {way: Link(way, made, latency) for way in ways}
+        links = realise_links(spec, folder=folder, where=where, seed=seed)
         services: dict[tuple[str, str], Service] = {}
         store = folder / spec.profiles
         for name, node in spec.nodes.items():
@@ -218,7 +222,19 @@ class Testbed:
                     continue
                 _check_batches(node, service, f"{where or spec.name}: nodes.{name}.batch")
                 services |= dict.fromkeys(product(spec.members(name), [model.name]), service)
+        spec = spec.with_traces(lambda file: str((folder / file).resolve()))
         return cls(spec.name, models, nodes, links, services, Overheads.find(store), spec)
+
+    def at_seed(self, seed: int) -> Testbed:
+        """The same testbed with the rates that this seed draws; itself where nothing is drawn."""
+        drawn = {
+            way: replace(self.links[way], rate=rate.draw(stream(seed, *way, "rate")))
+            for link in self.spec.links
+            for ways, rate, _ in self.spec.directed(link)
+            if isinstance(rate, Drawn)
+            for way in ways
+        }
+        return self._like(links={**self.links, **drawn}) if drawn else self
 
     @cached_property
     def nominal(self) -> Testbed:
@@ -233,8 +249,9 @@ class Testbed:
             return means[id(rate)]
 
         def told(spec: LinkSpec) -> LinkSpec:
-            a, b = self.spec.pairs(spec)[0]
-            there, back = ({"rate": ((0.0, *mean(i).bytes_per_s),), "period": None} for i in ((a, b), (b, a)))
+            a, b = self.spec.pairs(spec)[0]  # of a group, its first
+            known = (mean(way).bytes_per_s[0] for way in ((a, b), (b, a)))
+            there, back = ({"rate": Constant(rate=rate), "period": None} for rate in known)
             return spec.model_copy(update={**there, "back": spec.back.model_copy(update=back)})
 
         links = {i: replace(link, rate=mean(i)) for i, link in self.links.items()}
@@ -327,6 +344,40 @@ def _check_batches(node: NodeSpec, service: Service, where: str) -> None:
             service.batch_factor(node.batch.size)
         except InputError as error:
             raise InputError(error.problem, where=where, allowed=error.allowed) from None
+
+
+def realise_links(
+    spec: TestbedSpec, *, folder: Path = Path(), where: object = None, seed: int = 1
+) -> dict[LinkId, Link]:
+    """Both directions of every link, with the rates that files hold and that the seed draws.
+
+    InputError names the field, and the line of a trace file.
+    """
+    links: dict[LinkId, Link] = {}
+    known: dict[RateSpec, Rate] = {}  # a file is read once, whoever names it
+    members = {member for name in spec.nodes for member in spec.members(name)}
+    for number, link in enumerate(spec.links):
+        field = f"{where or spec.name}: links[{number}]"
+        for end in link.between:
+            if end not in members and end not in spec.nodes:
+                raise unknown("node", end, spec.nodes, where=f"{field}.between")
+        for a, b in spec.pairs(link):
+            if a == b:
+                raise InputError(f"{a!r} is linked to itself", where=f"{field}.between")
+            if (a, b) in links:
+                raise InputError(f"{a!r} and {b!r} are linked twice", where=f"{field}.between")
+        for (ways, rate, latency_s), part in zip(spec.directed(link), ("rate", "back.rate"), strict=True):
+            try:
+                if isinstance(rate, Drawn):
+                    links |= {way: Link(way, rate.draw(stream(seed, *way, "rate")), latency_s) for way in ways}
+                    continue
+                if rate not in known:
+                    known[rate] = rate.realise(folder)
+            except InputError as error:
+                problem = error.problem if error.where is None else f"{error.where}: {error.problem}"
+                raise InputError(problem, where=f"{field}.{part}", allowed=error.allowed) from None
+            links |= {way: Link(way, known[rate], latency_s) for way in ways}
+    return links
 
 
 def _profile(store: Path, model: Model, label: str) -> Profile:

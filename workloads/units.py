@@ -57,6 +57,7 @@ def _parser(kind: str, units: dict[str, float], example: str, *, zero: bool) -> 
 parse_time = _parser("time", _TIME_S, "15ms", zero=True)
 parse_bytes = _parser("size", _BYTES, "100kB", zero=True)
 parse_rate = _parser("rate", _RATE, "20Mbit", zero=False)
+_parse_rate_or_zero = _parser("rate", _RATE, "20Mbit", zero=True)
 parse_frequency = _parser("frequency", _PER_S, "2/s", zero=False)
 _parse_frequency_or_zero = _parser("frequency", _PER_S, "2/s", zero=True)
 parse_power = _parser("power", _WATT, "2.5W", zero=True)
@@ -77,6 +78,7 @@ def _field(parse: Callable[[Any], float], what: str) -> tuple[BeforeValidator, W
 Seconds = Annotated[float, *_field(parse_time, "time, such as 15ms (a bare number is seconds)")]
 Bytes = Annotated[float, *_field(parse_bytes, "size, such as 100kB (a bare number is bytes)")]
 BytesPerSecond = Annotated[float, *_field(parse_rate, "rate, such as 20Mbit (a bare number is bytes per second)")]
+BytesPerSecondOrZero = Annotated[float, *_field(_parse_rate_or_zero, "rate, such as 20Mbit, or 0 for an outage")]
 PerSecond = Annotated[float, *_field(parse_frequency, "frequency, such as 2/s")]
 PerSecondOrZero = Annotated[float, *_field(_parse_frequency_or_zero, "frequency, such as 2/s, or 0")]
 Watt = Annotated[float, *_field(parse_power, "power, such as 2.5W")]
