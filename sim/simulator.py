@@ -67,11 +67,9 @@ def simulate(
 ) -> list[NodeTotals]:
     """Simulate the requests of every source, each under its own policy; `sink` gets each record as it is closed.
 
-    What every node did in all is the answer.
-
     Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. A closed loop is told when
-    a request has ended, and asked for the next. The run ends when nothing
-    is left to happen, and at the latest `drain_s` after the last arrival; what is open then is `unfinished`.
+    a request has ended, and asked for the next. The run ends when nothing is left to happen, and at the latest
+    `drain_s` after the last arrival; what is open then is `unfinished`. Returned is what every node did in all.
     `durations` replaces drawn service and decision times (a real run's own, for the structural error). Without `spans`
     records have none. Raises PolicyFailure when a policy raises or plans the impossible.
     """
