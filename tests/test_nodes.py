@@ -6,8 +6,10 @@ Here every request is of one source at its own node, or of two sources at one se
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, OrderedDict
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -719,6 +721,13 @@ def test_a_real_run_refuses_what_it_does_not_model(chain):
     for field, value in [("discipline", "edf"), ("room", 3), ("speed", 0.5), ("memory", "1GB")]:
         with pytest.raises(InputError, match=rf"nodes\.device: `{field}` is simulated only so far"):
             check_emulation(experiment(**{field: value}))
+
+
+def test_the_readmes_nodes_are_read(chain):
+    blocks = re.findall(r"```yaml\n(nodes:\n.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    [nodes] = [found for block in blocks if "battery" in (found := yaml.safe_load(block)["nodes"])["phone"]]
+    spec = TestbedSpec.model_validate({"models": {"m": str(chain)}, "nodes": nodes})
+    assert spec.nodes["phone"].battery == 10_000
 
 
 def test_a_specification_survives_its_schema_and_itself(chain):
