@@ -23,6 +23,7 @@ from isthmus.policies.registry import spec as policy_spec
 from isthmus.sim.simulator import simulate as simulate_cell
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.experiment import ExperimentSpec
+from isthmus.workloads.faults import NodeFault, Recurring
 from isthmus.workloads.profile import Profile
 from isthmus.workloads.progress import Progress
 from isthmus.workloads.random import Uniforms
@@ -168,7 +169,7 @@ def simulate(
                 sink.keep,
                 seed=seed,
                 name=policy.label,
-                faults=experiment.spec.faults,
+                faults=experiment.spec.draw_faults(seed),
                 drain_s=experiment.spec.drain,
                 watch=writer.watch(policy.label, seed) if views else None,
                 spans=spans,
@@ -212,7 +213,7 @@ def run(
                 _counting(writer.sink(policy.label, seed).keep, wrong, policy.label),
                 seed=seed,
                 name=policy.label,
-                faults=experiment.spec.faults,
+                faults=[f for f in experiment.spec.draw_faults(seed) if isinstance(f, NodeFault)],
                 drain_s=experiment.spec.drain,
                 decided=partial(writer.decision, policy=policy.label, seed=seed),
                 tick=told,
@@ -246,6 +247,14 @@ def check_emulation(experiment: Experiment) -> list[str]:
     from isthmus.real.profiler import this_machine
 
     here, said = this_machine("host"), []
+    for number, fault in enumerate(experiment.spec.faults):
+        if not isinstance(fault, NodeFault) and not (isinstance(fault, Recurring) and fault.node and not fault.slower):
+            raise InputError(
+                "is simulated only, so far", where=f"{experiment.where}: faults[{number}]", allowed="nodes that go"
+            )
+    for name, spec in experiment.testbed_spec.nodes.items():
+        if spec.mobility is not None:
+            raise InputError("is simulated only, so far", where=f"{experiment.where}: nodes.{name}.mobility")
     for name, node in experiment.testbed.nodes.items():
         where = f"{experiment.where}: nodes.{name}"
         if node.special:
@@ -287,7 +296,7 @@ def planned(experiment: Experiment, policy: PolicySpec, seed: int) -> set[Plan]:
         lambda record: None,
         seed=seed,
         name=policy.label,
-        faults=experiment.spec.faults,
+        faults=experiment.spec.draw_faults(seed),
         drain_s=experiment.spec.drain,
         watch=watch,
     )

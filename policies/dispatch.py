@@ -30,6 +30,7 @@ from isthmus.policies.plan import Compiled, Plan, compile_plan, whole_on
 from isthmus.policies.records import Outcome, Record, Span
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.requests import Request
+from isthmus.workloads.routing import NONE_DOWN, LinkId
 from isthmus.workloads.testbed import Testbed
 
 COMPLETED, LATE = Outcome.COMPLETED, Outcome.LATE
@@ -81,17 +82,18 @@ class Compiler:
         beliefs = Estimators(testbed)
         self.unseen = beliefs.links(0.0), beliefs.nodes(0.0)
         """What is believed of links and nodes of which nothing was seen: for policies that do not look."""
-        self._compiled: dict[tuple[Plan, str, str], Compiled] = {}
+        self._compiled: dict[tuple[Plan, str, str, frozenset[LinkId]], Compiled] = {}
 
-    def __call__(self, plan: Plan, model: str, source: str) -> Compiled:
-        key = (plan, model, source)
+    def __call__(self, plan: Plan, model: str, source: str, down: frozenset[LinkId] = NONE_DOWN) -> Compiled:
+        """The plan laid out over routes that avoid the links that are `down`."""
+        key = (plan, model, source, down)
         try:
             return self._compiled[key]
         except KeyError:
             pass
         except TypeError:  # unhashable: not a plan; compile_plan says so
             key = None  # type: ignore[assignment]
-        compiled = compile_plan(plan, self._testbed.models[model], source, self._testbed)
+        compiled = compile_plan(plan, self._testbed.models[model], source, self._testbed.without(down))
         if key is not None:
             self._compiled[key] = compiled
         return compiled
@@ -218,6 +220,13 @@ class Dispatcher:
         hit = [start for start in self._open.values() if node in start.compiled.nodes]
         return [a for s in hit for a in self.lost(s.request.number, s.attempt, f"node {node} down", now_s)]
 
+    def links_are(self, down: frozenset[LinkId]) -> None:
+        """Exactly these links are known to be down. What is under way stands still or is sent again; it is not lost."""
+        self._known, self._recent = self._testbed.nominal.without(down), (None, "", None)
+        self._unseen = self.source, self._known, *self._compile.unseen, self._truth
+        if self._estimators is not None:
+            self._estimators.links_are(down)
+
     def end(self, outcome: Outcome = Outcome.UNFINISHED, reason: str = "run ended") -> Sequence[Action]:
         """Nothing more will come of what is open: close it all."""
         return [self._close(*start[:3], outcome, reason) for start in list(self._open.values())]
@@ -265,7 +274,7 @@ class Dispatcher:
         recent, model, compiled = self._recent
         if compiled is None or plan is not recent or request.model != model:
             try:
-                compiled = self._compile(plan, request.model, self.source)
+                compiled = self._compile(plan, request.model, self.source, self._known.down)
             except InputError as error:
                 raise PolicyFailure(
                     f"policy {self.name!r} gave an impossible plan for request {request.number}: {error}"

@@ -6,6 +6,8 @@ is one event per hop and no queue.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from isthmus.policies.records import Kind, Span
 from isthmus.sim.clock import Callbacks, Clock
 from isthmus.sim.token import Token
@@ -13,6 +15,14 @@ from isthmus.workloads.testbed import Link
 
 SEND, WAIT = Kind.SEND, Kind.WAIT
 new = tuple.__new__  # makes a named tuple in half the time
+
+
+class Carrier(Protocol):
+    """What carries messages in one direction between two nodes."""
+
+    place: str
+
+    def carry(self, token: Token, now_s: float) -> float: ...
 
 
 class FifoLink:
@@ -26,6 +36,10 @@ class FifoLink:
         self._constant = link.rate.mean_bytes_per_s if link.rate.is_constant else None
         self._free_s = 0.0
         self.place = f"{link.id[0]}>{link.id[1]}"
+
+    def reset(self, now_s: float) -> None:
+        """What is under way is given up: it is free at once."""
+        self._free_s = min(self._free_s, now_s)
 
     def carry(self, token: Token, now_s: float) -> float:
         """A message enters; the time at which its last byte leaves."""

@@ -17,23 +17,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 from isthmus.policies.contract import Policy, View, is_oracle
 from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
 from isthmus.policies.plan import Compiled, Plan
 from isthmus.policies.records import Kind, Record, Span
+from isthmus.sim.affliction import Losses, afflicted, check_place
 from isthmus.sim.arrivals import Arrivals
+from isthmus.sim.cell_link import CellLink
 from isthmus.sim.clock import Clock, few_collections
 from isthmus.sim.link import FifoLink
 from isthmus.sim.node import NodeTotals, Place
 from isthmus.sim.nodes import make_node
 from isthmus.sim.token import Token
 from isthmus.sim.wiring import Leg, Wired, Wiring
-from isthmus.workloads.errors import unknown
-from isthmus.workloads.faults import NodeFault
+from isthmus.workloads.faults import Fault, LinkFault, NodeFault
 from isthmus.workloads.requests import ClosedLoop, Request
+from isthmus.workloads.routing import NONE_DOWN, LinkId
 from isthmus.workloads.testbed import Testbed
 
 Watch = Callable[[Request, int, View, Plan], None]
@@ -59,7 +63,7 @@ def simulate(
     *,
     seed: int,
     name: str = "policy",
-    faults: Sequence[NodeFault] = (),
+    faults: Sequence[Fault] = (),
     drain_s: float = 60.0,
     durations: Durations | None = None,
     watch: Watch | None = None,
@@ -74,8 +78,7 @@ def simulate(
     records have none. Raises PolicyFailure when a policy raises or plans the impossible.
     """
     for fault in faults:
-        if fault.node not in testbed.nodes:
-            raise unknown("node", fault.node, testbed.nodes, where="faults")
+        check_place(fault, testbed)
     run = _Simulation(testbed, requests, policies, sink, seed, name, faults, drain_s, durations, watch, spans)
     run.run()
     return [node.totals(float(run.clock.now)) for node in run.nodes.values()]
@@ -113,7 +116,7 @@ class _Simulation:
         sink: Callable[[Record], None],
         seed: int,
         name: str,
-        faults: Sequence[NodeFault],
+        faults: Sequence[Fault],
         drain_s: float,
         durations: Durations | None,
         watch: Watch | None,
@@ -123,13 +126,23 @@ class _Simulation:
         self.testbed, self.sink, self.drain_s, self.durations, self.spans = testbed, sink, drain_s, durations, spans
         self._arrived_at, self._received_at = (self._arrived,), (self._received_later,)
         self._answered_at = (self._answered,)
-        computed = (self._computed,)
+        world, computed = afflicted(testbed, faults), (self._computed,)
         self.nodes = {
             n: make_node(self.clock, testbed, it, computed, self._refused, partial(self._node_is, n, up=False))
-            for n, it in testbed.nodes.items()
+            for n, it in world.nodes.items()
         }
-        links = {i: FifoLink(self.clock, link, self._arrived_at) for i, link in testbed.links.items()}
-        self._wire = Wiring(testbed, self.nodes, links, seed)
+        moving = {name for name, node in testbed.nodes.items() if node.mobility is not None}
+        self.links: dict[LinkId, FifoLink | CellLink] = {
+            i: CellLink(self.clock, link, self._arrived_at, self._reroute)
+            if moving and not moving.isdisjoint(i)
+            else FifoLink(self.clock, link, self._arrived_at)
+            for i, link in world.links.items()
+        }
+        self._cut = NONE_DOWN  # links that a fault holds up
+        self._away = dict.fromkeys(moving, NONE_DOWN)  # links to cells that do not serve a node
+        self._stranded: list[Token] = []  # messages for which there is no way now
+        self._losing = Losses(faults, seed)
+        self._wire = Wiring(testbed, self.nodes, self.links, seed)
         self._wake_s = testbed.overheads.wake_s
         compiler = Compiler(testbed)
         self._over = self.clock.event()
@@ -152,9 +165,17 @@ class _Simulation:
         for home in loops:
             self._begin_loop(home)
         for fault in faults:
-            self.clock.call(fault.down, partial(self._node_is, fault.node, up=False))
-            if fault.up is not None:
-                self.clock.call(fault.up, partial(self._node_is, fault.node, up=True))
+            if isinstance(fault, NodeFault):
+                self.clock.call(fault.down, partial(self._node_is, fault.node, up=False))
+                if fault.up is not None:
+                    self.clock.call(fault.up, partial(self._node_is, fault.node, up=True))
+            elif isinstance(fault, LinkFault):
+                both = frozenset((fault.link, fault.link[::-1]))
+                self.clock.call(fault.down, partial(self._link_is, both, up=False))
+                if fault.up is not None:
+                    self.clock.call(fault.up, partial(self._link_is, both, up=True))
+        for name in sorted(moving):
+            self._follow(name, testbed.handovers(name, seed))
 
     def run(self) -> None:
         try:
@@ -261,6 +282,62 @@ class _Simulation:
             self._look_at_battery(home, now)
             self._carry_out(home, home.dispatcher.node_is(node, up=up, now_s=now), now)
 
+    # Links come and go
+
+    def _link_is(self, links: frozenset[LinkId], *, up: bool) -> None:
+        self._cut = self._cut - links if up else self._cut | links
+        for home in self.homes.values():
+            self._tell_links(home)
+
+    def _tell_links(self, home: Home) -> None:
+        home.dispatcher.links_are(self._cut | self._away.get(home.dispatcher.source, NONE_DOWN))
+
+    def _follow(self, node: str, changes: Iterator[tuple[float, frozenset[LinkId]]]) -> None:
+        """A node moves on: wait for its next change of links."""
+        change = next(changes, None)
+        if change is not None:
+            at_s, down = change
+            self.clock.call(at_s, partial(self._moved, node, down, at_s, changes))
+
+    def _moved(
+        self,
+        node: str,
+        down: frozenset[LinkId],
+        now: float,
+        changes: Iterator[tuple[float, frozenset[LinkId]]],
+    ) -> None:
+        before, self._away[node] = self._away[node], down
+        again: list[Token] = []
+        for link in sorted(before ^ down):
+            it = self.links[link]
+            assert isinstance(it, CellLink)
+            if link in down:
+                again += it.cut(now)
+            else:
+                it.up = True
+        if node in self.homes:
+            self._tell_links(self.homes[node])
+        stranded, self._stranded = self._stranded, []
+        for token in (*again, *stranded):
+            self._reroute(token, now)
+        self._follow(node, changes)
+
+    def _reroute(self, token: Token, now: float) -> None:
+        """A message goes on from where it is by the way that there is now; where there is none, it waits."""
+        leg, hop = token.leg, token.hop
+        here, there = leg.nodes[hop].name, leg.nodes[-1].name
+        nothing = NONE_DOWN
+        down = self._cut | self._away.get(here, nothing) | self._away.get(there, nothing)
+        path = self.testbed.without(down).route(here, there)
+        links = tuple(self.links[pair] for pair in pairwise(path))
+        if any(isinstance(link, CellLink) and not link.up for link in links):
+            self._stranded.append(token)
+            return
+        own = token.home.dispatcher.source
+        nodes, tells = tuple(self.nodes[name] for name in path), tuple(name == own for name in path[:-1])
+        token.leg, token.hop = replace(leg, nodes=nodes, links=links, tells=tells), 0
+        self._enter(token, now)
+
     # One attempt
 
     def _begin(self, home: Home, start: Start, now: float) -> None:
@@ -305,6 +382,8 @@ class _Simulation:
         leg, hop = token.leg, token.hop
         if leg.nodes[hop].up:
             left_s = leg.links[hop].carry(token, now)
+            if self._losing and self._losing.takes(token, now):
+                token.callbacks = ()  # it takes its time on the link, and never arrives
             if leg.tells[hop] and token.home.estimates:
                 start = token.start
                 token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, left_s)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from isthmus.policies.plan import Compiled, Message
-from isthmus.sim.link import FifoLink
+from isthmus.sim.link import Carrier
 from isthmus.sim.node import Place
 from isthmus.workloads.model import Part
 from isthmus.workloads.random import Uniforms
@@ -26,7 +26,7 @@ class Leg:
     target: int
     bytes: int
     nodes: tuple[Place, ...]
-    links: tuple[FifoLink, ...]
+    links: tuple[Carrier, ...]
     tells: tuple[bool, ...]
     load: int
     encode_s: float
@@ -63,7 +63,7 @@ class Wiring:
     """Wires each compiled plan once."""
 
     def __init__(
-        self, testbed: Testbed, nodes: Mapping[str, Place], links: Mapping[LinkId, FifoLink], seed: int
+        self, testbed: Testbed, nodes: Mapping[str, Place], links: Mapping[LinkId, Carrier], seed: int
     ) -> None:
         self._testbed, self._nodes, self._links, self._seed = testbed, nodes, links, seed
         self._wired: dict[Compiled, Wired] = {}

@@ -10,11 +10,13 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from isthmus.workloads.errors import InputError
+from isthmus.workloads.mobility import Mobility, Position, Positions, RandomWaypoint, Waypoints
 from isthmus.workloads.model import Model, Part
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.service import SyntheticSpec
@@ -156,6 +158,8 @@ class NodeSpec(_Spec):
     power: Power = Power()
     battery: Joules | None = Field(default=None, description="such as 10kJ or 3Wh; empty, the node is down for good")
     price: Price = Price()
+    position: Position | None = Field(default=None, description="[x, y] in metres, of a cell that serves what moves")
+    mobility: Mobility | None = Field(default=None, description="it moves, and is linked to the nearest cell only")
 
     @model_validator(mode="after")
     def _fields_go_together(self) -> NodeSpec:
@@ -203,12 +207,13 @@ class NodeSpec(_Spec):
         said = {field: getattr(self, field) for field in self.model_fields_set}
         return NodeSpec(**(said | {"speed": speed, "period": None}))
 
-    def node(self, name: str) -> Node:
-        """The node of that name, or the member of the group."""
+    def node(self, name: str, folder: Path) -> Node:
+        """The node of that name, or the member of the group. `folder` is what relative paths start from."""
+        path = self.mobility.read(folder, name) if isinstance(self.mobility, Positions) else self.mobility
         serves = self.count is None if self.serves is None else self.serves
         return Node(
-            name, serves, self.slots, self.power, self.price, self.slowdown, self.discipline, self.room, self.batch,
-            self.memory, self.relative_speed, self.battery, self.scale,
+            name, serves, self.slots, self.power, self.price, self.slowdown, self.position, path,
+            self.discipline, self.room, self.batch, self.memory, self.relative_speed, self.battery, self.scale,
         )  # fmt: skip
 
 
@@ -222,6 +227,8 @@ class Node:
     price: Price
     slowdown: float
     """How many times slower than this machine an emulation of the node is; 1 for synthetic service times."""
+    position: Position | None = None
+    mobility: Waypoints | RandomWaypoint | None = None
     discipline: Discipline = "fifo"
     room: int | None = None
     batch: Batch | None = None

@@ -47,6 +47,16 @@ class Source(BaseModel):
     timeout: Seconds | None = Field(default=None, description="from the start of an attempt; then it has failed")
     priority: int = Field(default=0, description="the higher goes first, at nodes with `discipline: priority`")
 
+    @property
+    def expected_s(self) -> float:
+        """About when its last request will come; of a closed loop, if answers come at once."""
+        arrivals = self.arrivals
+        if isinstance(arrivals, Replay):
+            return max(arrivals.times or (0.0,))
+        rate = arrivals.users / arrivals.think if isinstance(arrivals, Closed) else arrivals.rate
+        by_number = math.inf if self.requests is None else self.requests / rate
+        return min(by_number, math.inf if self.duration is None else self.duration)
+
     def resolved(self, folder: Path) -> Source:
         """With what its files say in their place. `folder` is what relative paths start from."""
         if not isinstance(self.arrivals, Replay):
@@ -60,7 +70,7 @@ class Source(BaseModel):
         if isinstance(arrivals, Replay):
             counts.append(len(arrivals.times or ()))
         elif self.duration is not None:
-            rate = arrivals.users / max(arrivals.think, 1e-9) if isinstance(arrivals, Closed) else arrivals.rate
+            rate = arrivals.users / arrivals.think if isinstance(arrivals, Closed) else arrivals.rate
             counts.append(round(self.duration * rate))
         return min(counts)
 

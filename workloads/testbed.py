@@ -6,10 +6,11 @@ uses: models loaded, profiles found and checked, links in both directions, route
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError, unknown
+from isthmus.workloads.mobility import Positions, serving
 from isthmus.workloads.model import Model, load_model
 from isthmus.workloads.nodes import Node, NodeSpec
 from isthmus.workloads.overheads import Overheads
@@ -48,7 +50,8 @@ class LinkSpec(_Spec):
     """A link between two nodes. `back` is the second node to the first; what it leaves out is as on the way there.
 
     Between a group and a node there is one link per member, between two groups members are dealt out evenly: each of
-    the larger group has one link. A rate that is drawn is drawn for each of them and for each direction.
+    the larger group has one link. What moves has a link to each, of which one at a time is up. A rate
+    that is drawn is drawn for each of them and for each direction.
     """
 
     between: tuple[str, str]
@@ -106,6 +109,8 @@ class TestbedSpec(_Spec):
     def pairs(self, link: LinkSpec) -> list[LinkId]:
         """The links that one entry stands for, as (first, second) node."""
         first, second = (self.members(name) for name in link.between)
+        if any(name in self.nodes and self.nodes[name].mobility is not None for name in link.between):
+            return list(product(first, second))
         many = max(len(first), len(second))
         return [(first[i * len(first) // many], second[i * len(second) // many]) for i in range(many)]
 
@@ -118,9 +123,10 @@ class TestbedSpec(_Spec):
 
     @property
     def traces(self) -> list[str]:
-        """The trace files of its links."""
+        """The files with traces of its links' rates, and of its nodes' positions."""
         rates = (rate for link in self.links for rate in (link.rate, link.back.rate))
-        return list(dict.fromkeys(rate.file for rate in rates if isinstance(rate, TraceFile)))
+        paths = (node.mobility for node in self.nodes.values())
+        return list(dict.fromkeys(it.file for it in (*rates, *paths) if isinstance(it, TraceFile | Positions)))
 
     def with_traces(self, name: Callable[[str], str]) -> TestbedSpec:
         """The same testbed with its trace files under other names."""
@@ -137,7 +143,13 @@ class TestbedSpec(_Spec):
             )
             for link in self.links
         ]
-        return self.model_copy(update={"links": tuple(links)})
+        nodes = {
+            n: node.model_copy(update={"mobility": node.mobility.model_copy(update={"file": name(node.mobility.file)})})
+            if isinstance(node.mobility, Positions)
+            else node
+            for n, node in self.nodes.items()
+        }
+        return self.model_copy(update={"links": tuple(links), "nodes": nodes})
 
     def moved(self, way: Path, folder: Path) -> TestbedSpec:
         """As it reads in `folder`, when its own folder is `way` from there: profiles, traces, and models in files."""
@@ -207,7 +219,7 @@ class Testbed:
             for member in spec.members(name):
                 if member in nodes:
                     raise InputError(f"there are two nodes {member!r}", where=f"{where or spec.name}: nodes.{name}")
-                nodes[member] = s.node(member)
+                nodes[member] = s.node(member, folder)
         links = realise_links(spec, folder=folder, where=where, seed=seed)
         services: dict[tuple[str, str], Service] = {}
         store = folder / spec.profiles
@@ -292,7 +304,30 @@ class Testbed:
 
     @cached_property
     def routes(self) -> Routes:
-        return Routes(self.nodes, {i: link.latency_s for i, link in self.links.items()}, frozenset())
+        ends = frozenset(name for name, node in self.nodes.items() if node.mobility is not None)
+        return Routes(self.nodes, {i: link.latency_s for i, link in self.links.items()}, ends)
+
+    def handovers(self, node: str, seed: int) -> Iterator[tuple[float, frozenset[LinkId]]]:
+        """For a node that moves: when which of its links are down, from time 0 on.
+
+        Up are the links to the nearest cell and to what has no position; none to a cell while it is handed over.
+        """
+        mobility = self.nodes[node].mobility
+        assert mobility is not None
+        cells = [b for a, b in self.links if a == node and self.nodes[b].position is not None]
+        if not cells:
+            return
+        at = [position for cell in cells if (position := self.nodes[cell].position) is not None]
+        away = {cell: frozenset(((node, cell), (cell, node))) for cell in cells}
+        everywhere = frozenset[LinkId]().union(*away.values())
+        changes = serving(mobility.path(stream(seed, node, "mobility")), at)
+        (_, cell), ready_s = next(changes), 0.0
+        for then_s, other in chain(changes, [(math.inf, cell)]):
+            if ready_s < then_s:  # else it moved on before it was connected
+                yield ready_s, everywhere - away[cells[cell]]
+            if then_s < math.inf and mobility.handover:
+                yield then_s, everywhere
+            ready_s, cell = then_s + mobility.handover, other
 
     def without(self, down: frozenset[LinkId]) -> Testbed:
         """The same testbed while these links are down: routes lead around them."""
