@@ -257,6 +257,12 @@ def check_emulation(experiment: Experiment) -> list[str]:
             raise InputError("is simulated only, so far", where=f"{experiment.where}: nodes.{name}.mobility")
     for name, node in experiment.testbed.nodes.items():
         where = f"{experiment.where}: nodes.{name}"
+        if node.special:
+            raise InputError(
+                f"`{node.special[0]}` is simulated only so far",
+                where=where,
+                allowed="slots and a FIFO queue in a real run",
+            )
         measured = [s for (n, _), s in experiment.testbed.services.items() if n == name and isinstance(s, Measured)]
         for service in measured:
             if (there := service.profile.machine).cpu != here.cpu:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from isthmus.policies.contract import View
 from isthmus.policies.plan import Compiled, Message, Plan, split
 from isthmus.policies.records import Kind, Span
+from isthmus.workloads.errors import InputError
 from isthmus.workloads.model import Model
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import Testbed
@@ -112,8 +113,8 @@ def latency_s(spans: list[Span]) -> float:
 class Splits:
     """Every split of a model along one route in which only `computing` nodes run a part, raw fp32 on the wire.
 
-    Rows are splits: `cuts` (n, nodes-1); `compute_s` (n, nodes) mean seconds on each node; `there_bytes` and
-    `back_bytes` (n, nodes-1) over each link of the route and back.
+    What does not fit into the memory of its node is none. Rows are splits: `cuts` (n, nodes-1); `compute_s` (n, nodes)
+    mean seconds on each node; `there_bytes` and `back_bytes` (n, nodes-1) over each link of the route and back.
     """
 
     model: Model
@@ -125,8 +126,10 @@ class Splits:
 
     @classmethod
     def along(cls, testbed: Testbed, model: Model, route: tuple[str, ...], computing: frozenset[str]) -> Splits:
+        """InputError when there is no such split that fits into the memory of its nodes."""
         last, hops = len(model.blocks), len(route) - 1
         places = [i for i, node in enumerate(route) if node in computing]
+        limited = [node for node in route if testbed.nodes[node].memory_bytes is not None]
         rows = []
         for inner in combinations_with_replacement(range(last + 1), len(places) - 1):
             bounds = dict(zip(places, (*inner, last), strict=True))  # after which cut each computing node stops
@@ -134,7 +137,14 @@ class Splits:
             for i in range(hops):
                 stop = bounds.get(i, stop)
                 row.append(stop)
-            rows.append(row)
+            if all(
+                testbed.nodes[node].holds(model, model.span(a, b))
+                for node, a, b in zip(route, (0, *row), (*row, last), strict=True)
+                if a < b and node in limited
+            ):
+                rows.append(row)
+        if not rows:
+            raise InputError(f"no split of {model.name!r} fits into the memory of the nodes {', '.join(route)}")
         cuts = np.array(rows, dtype=np.int64).reshape(len(rows), hops)
         before = np.hstack([np.zeros((len(rows), 1), dtype=np.int64), cuts])
         after = np.hstack([cuts, np.full((len(rows), 1), last)])
@@ -223,11 +233,19 @@ def all_splits(testbed: Testbed, model: Model, source: str) -> list[Splits]:
     """Splits along every route from the source, of at most `TIERS` computing nodes, the source's own among them.
 
     A split that uses the start of several routes only, such as the whole model on the source, appears for each.
+    InputError when none fits into the memory of its nodes.
     """
     routes = [testbed.route(source, node) for node in testbed.reachable(source)]
     longest = [r for r in routes if not any(o != r and o[: len(r)] == r for o in routes)] or [(source,)]
     found: list[Splits] = []
+    nothing = InputError(f"no split of {model.name!r}")
     for route in sorted(longest):
         groups = {frozenset((source, *rest)) for rest in combinations(route[1:], min(TIERS, len(route)) - 1)}
-        found.extend(Splits.along(testbed, model, route, group) for group in sorted(groups, key=sorted))
+        for group in sorted(groups, key=sorted):
+            try:
+                found.append(Splits.along(testbed, model, route, group))
+            except InputError as error:
+                nothing = error
+    if not found:
+        raise nothing
     return found

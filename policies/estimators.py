@@ -94,6 +94,7 @@ class Estimators:
         self._open: dict[tuple[int, int], _Open] = {}
         self._leaving: list[tuple[float, int, int, int]] = []
         self._work: dict[Compiled, tuple[float, ...]] = {}
+        self._battery_j: dict[str, float] = {}
         self._down: frozenset[LinkId] = NONE_DOWN
 
     def start(self, number: int, attempt: int, compiled: Compiled) -> None:
@@ -149,6 +150,10 @@ class Estimators:
         state = self._nodes.get(node, _UNSEEN)
         self._nodes[node] = state._replace(seen_s=now_s, up=up)
 
+    def battery_is(self, node: str, joules: float) -> None:
+        """What is left in the battery of a node; nobody but its own controller is told."""
+        self._battery_j = {node: joules}  # not changed in place: a view keeps the one that it was made from
+
     def links_are(self, down: frozenset[LinkId]) -> None:
         """Exactly these links are down."""
         self._down = down
@@ -172,12 +177,12 @@ class Estimators:
 
     def nodes(self, now_s: float) -> Mapping[str, NodeBelief]:
         """What is believed of every node now."""
-        states, known = self._nodes.copy(), self._known.nodes
+        states, known, battery_j = self._nodes.copy(), self._known.nodes, self._battery_j
 
         def belief(node: str) -> NodeBelief:
             work_s, stages, seen_s, up = states.get(node, _UNSEEN)
             age_s = None if seen_s is None else now_s - seen_s
-            return NodeBelief(max(work_s, 0.0) / known[node].slots, stages, age_s, up)
+            return NodeBelief(max(work_s, 0.0) / known[node].slots, stages, age_s, up, battery_j.get(node))
 
         return Beliefs(known, belief)
 

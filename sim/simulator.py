@@ -31,7 +31,8 @@ from isthmus.sim.arrivals import Arrivals
 from isthmus.sim.cell_link import CellLink
 from isthmus.sim.clock import Clock, few_collections
 from isthmus.sim.link import FifoLink
-from isthmus.sim.node import FifoNode
+from isthmus.sim.node import NodeTotals, Place
+from isthmus.sim.nodes import make_node
 from isthmus.sim.token import Token
 from isthmus.sim.wiring import Leg, Wired, Wiring
 from isthmus.workloads.faults import Fault, LinkFault, LostMessages, NodeFault
@@ -41,7 +42,7 @@ from isthmus.workloads.testbed import Testbed
 
 Watch = Callable[[Request, int, View, Plan], None]
 
-COMPUTE, WAIT = Kind.COMPUTE, Kind.WAIT
+COMPUTE, LOAD, WAIT = Kind.COMPUTE, Kind.LOAD, Kind.WAIT
 NO_SPANS = Answer()
 new = tuple.__new__  # makes a named tuple in half the time
 
@@ -67,24 +68,26 @@ def simulate(
     durations: Durations | None = None,
     watch: Watch | None = None,
     spans: bool = True,
-) -> None:
+) -> list[NodeTotals]:
     """Simulate the requests of every source, each under its own policy; `sink` gets each record as it is closed.
 
     Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. A closed loop is told when
-    a request has ended, and asked for the next. The run ends when nothing
-    is left to happen, and at the latest `drain_s` after the last arrival; what is open then is `unfinished`.
+    a request has ended, and asked for the next. The run ends when nothing is left to happen, and at the latest
+    `drain_s` after the last arrival; what is open then is `unfinished`. Returned is what every node did in all.
     `durations` replaces drawn service and decision times (a real run's own, for the structural error). Without `spans`
     records have none. Raises PolicyFailure when a policy raises or plans the impossible.
     """
     for fault in faults:
         check_place(fault, testbed)
-    _Simulation(testbed, requests, policies, sink, seed, name, faults, drain_s, durations, watch, spans).run()
+    run = _Simulation(testbed, requests, policies, sink, seed, name, faults, drain_s, durations, watch, spans)
+    run.run()
+    return [node.totals(float(run.clock.now)) for node in run.nodes.values()]
 
 
 class Home:
     """A source: its dispatcher, and its closed loop if it has one."""
 
-    __slots__ = ("decide_s", "dispatcher", "estimates", "loop", "node", "spans", "users", "wired")
+    __slots__ = ("battery", "decide_s", "dispatcher", "estimates", "loop", "node", "spans", "users", "wired")
 
     wired: Wired | None
     """The plan that it used last."""
@@ -94,12 +97,13 @@ class Home:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        node: FifoNode,
+        node: Place,
         loop: ClosedLoop | None,
         decide_s: float,
         spans: bool,
     ) -> None:
         self.dispatcher, self.node, self.loop, self.decide_s, self.wired = dispatcher, node, loop, decide_s, None
+        self.battery = node.battery
         self.estimates, self.spans = dispatcher.estimates, spans or dispatcher.wants_spans
 
 
@@ -122,13 +126,17 @@ class _Simulation:
         self.testbed, self.sink, self.drain_s, self.durations, self.spans = testbed, sink, drain_s, durations, spans
         self._arrived_at, self._received_at = (self._arrived,), (self._received_later,)
         self._answered_at = (self._answered,)
-        self.nodes = {n: FifoNode(self.clock, n, it.slots, (self._computed,)) for n, it in testbed.nodes.items()}
+        world, computed = afflicted(testbed, faults), (self._computed,)
+        self.nodes = {
+            n: make_node(self.clock, testbed, it, computed, self._refused, partial(self._node_is, n, up=False))
+            for n, it in world.nodes.items()
+        }
         moving = {name for name, node in testbed.nodes.items() if node.mobility is not None}
         self.links: dict[LinkId, FifoLink | CellLink] = {
             i: CellLink(self.clock, link, self._arrived_at, self._reroute)
             if moving and not moving.isdisjoint(i)
             else FifoLink(self.clock, link, self._arrived_at)
-            for i, link in afflicted(testbed, faults).links.items()
+            for i, link in world.links.items()
         }
         self._cut = NONE_DOWN  # links that a fault holds up
         self._away = dict.fromkeys(moving, NONE_DOWN)  # links to cells that do not serve a node
@@ -199,6 +207,8 @@ class _Simulation:
 
     def _arrive(self, home: Home, request: Request, now: float) -> None:
         self._open += 1
+        if home.battery is not None:
+            self._look_at_battery(home, now)
         self._carry_out(home, home.dispatcher.arrive(request, now), now)
 
     def _begin_loop(self, home: Home) -> None:
@@ -217,6 +227,7 @@ class _Simulation:
 
     def _asked(self, home: Home, request: Request) -> None:
         now = request.arrival_s
+        self._look_at_battery(home, now)
         self._carry_out(home, home.dispatcher.arrive(request, now), now)
 
     def _ask_again(self, home: Home, loop: ClosedLoop, now: float) -> None:
@@ -250,16 +261,25 @@ class _Simulation:
         if not self._over.triggered:
             self._over.succeed()
 
+    def _look_at_battery(self, home: Home, now: float) -> None:
+        """Before its dispatcher decides: what is left at the source."""
+        if home.battery is not None:
+            home.dispatcher.battery_is(home.battery.left_j(now))
+
     def _timer(self, home: Home, timer: Timer) -> None:
+        self._look_at_battery(home, timer.at_s)
         self._carry_out(home, home.dispatcher.timer(timer.number, timer.attempt, timer.at_s), timer.at_s)
 
     def _node_is(self, node: str, *, up: bool) -> None:
-        now = float(self.clock.now)
-        if up:
-            self.nodes[node].come_up()
+        now, place = float(self.clock.now), self.nodes[node]
+        if not up:
+            place.go_down(now)
+        elif place.battery is not None and place.battery.is_empty:
+            return
         else:
-            self.nodes[node].go_down()
+            place.come_up(now)
         for home in self.homes.values():
+            self._look_at_battery(home, now)
             self._carry_out(home, home.dispatcher.node_is(node, up=up, now_s=now), now)
 
     # Links come and go
@@ -414,24 +434,37 @@ class _Simulation:
     def _computed(self, token: Token) -> None:
         stage, now = token.leg.target, token.at_s
         step = token.wired.steps[stage]
-        if token.life != step.node.life:
+        node = step.node
+        if token.life != node.life:
             return  # the node went meanwhile
-        spans = token.spans
+        spans, begun_s, ready_s = token.spans, token.begun_s, token.ready_s
+        node.served += 1
+        node.waited_s += begun_s - ready_s
         if spans is not None:
-            attempt, begun_s = token.start.attempt, token.begun_s
-            if begun_s > token.ready_s:
-                spans.append(new(Span, (WAIT, step.node.name, token.ready_s, begun_s, attempt, stage, None)))
+            attempt = token.start.attempt
+            if begun_s > ready_s:
+                spans.append(new(Span, (WAIT, node.name, ready_s, begun_s, attempt, stage, None)))
+            if node.memory is not None and token.loaded_s > begun_s:
+                spans.append(new(Span, (LOAD, node.name, begun_s, token.loaded_s, attempt, stage, None)))
+                begun_s = token.loaded_s
             if now > begun_s:
-                spans.append(new(Span, (COMPUTE, step.node.name, begun_s, now, attempt, stage, None)))
+                spans.append(new(Span, (COMPUTE, node.name, begun_s, now, attempt, stage, None)))
         if step.own and token.home.estimates:
             token.home.dispatcher.stage_done(token.start.request.number, token.start.attempt, stage, now)
         self._send(token, step.sends, now)
+
+    def _refused(self, token: Token, reason: str, now_s: float) -> None:
+        """A node had no room for a token."""
+        home, start = token.home, token.start
+        said = home.dispatcher.refused(start.request.number, start.attempt, reason, now_s, token.spans or ())
+        self._carry_out(home, said, now_s)
 
     def _answered(self, token: Token) -> None:
         home, start, now = token.home, token.start, token.at_s
         answer = NO_SPANS if token.spans is None else new(Answer, (token.spans, None, None, None))
         self._carry_out(home, home.dispatcher.answer(start.request.number, start.attempt, answer, now), now)
 
-    def _took(self, token: Token, kind: Kind, node: FifoNode, start_s: float, end_s: float, stage: int) -> None:
+    def _took(self, token: Token, kind: Kind, node: Place, start_s: float, end_s: float, stage: int) -> None:
+        node.work_aside(end_s, start_s)
         if token.spans is not None:
             token.spans.append(Span(kind, node.name, start_s, end_s, token.start.attempt, stage))

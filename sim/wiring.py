@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from isthmus.policies.plan import Compiled, Message
 from isthmus.sim.link import Carrier
-from isthmus.sim.node import FifoNode
+from isthmus.sim.node import Place
 from isthmus.workloads.model import Part
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.routing import LinkId
@@ -25,7 +25,7 @@ class Leg:
     source: int
     target: int
     bytes: int
-    nodes: tuple[FifoNode, ...]
+    nodes: tuple[Place, ...]
     links: tuple[Carrier, ...]
     tells: tuple[bool, ...]
     load: int
@@ -37,7 +37,7 @@ class Leg:
 class Step:
     """A stage: its node, how long it takes, and what it sends. `constant_s` where the service does not vary."""
 
-    node: FifoNode
+    node: Place
     own: bool
     constant_s: float | None
     service: Service
@@ -63,7 +63,7 @@ class Wiring:
     """Wires each compiled plan once."""
 
     def __init__(
-        self, testbed: Testbed, nodes: Mapping[str, FifoNode], links: Mapping[LinkId, Carrier], seed: int
+        self, testbed: Testbed, nodes: Mapping[str, Place], links: Mapping[LinkId, Carrier], seed: int
     ) -> None:
         self._testbed, self._nodes, self._links, self._seed = testbed, nodes, links, seed
         self._wired: dict[Compiled, Wired] = {}

@@ -18,64 +18,24 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError, unknown
-from isthmus.workloads.mobility import Mobility, Position, Positions, RandomWaypoint, Waypoints, serving
+from isthmus.workloads.mobility import Positions, serving
 from isthmus.workloads.model import Model, load_model
+from isthmus.workloads.nodes import Node, NodeSpec
 from isthmus.workloads.overheads import Overheads
 from isthmus.workloads.profile import Profile
 from isthmus.workloads.random import stream
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.rates import Constant, Drawn, RateSpec, Schedule
 from isthmus.workloads.routing import NONE_DOWN, LinkId, Routes
-from isthmus.workloads.service import Measured, Service, Synthetic, SyntheticSpec
+from isthmus.workloads.service import Measured, Service, Synthetic
 from isthmus.workloads.trace_file import TraceFile
-from isthmus.workloads.units import Seconds, Watt
+from isthmus.workloads.units import Seconds
 
 NodeName = Annotated[str, Field(pattern=r"^[^\s>]+$")]  # records write a link as `a>b`
 
 
 class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Power(_Spec):
-    """Electrical power of a node above idling, in watts: while it computes, sends, receives."""
-
-    busy: Watt = 0.0
-    tx: Watt = 0.0
-    rx: Watt = 0.0
-
-
-class Price(_Spec):
-    """What a node costs: by the second that it works, by the byte that leaves it. US dollars."""
-
-    per_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    per_byte: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-
-
-class NodeSpec(_Spec):
-    """A place that computes. With `service` its times are made up; without, they come from a profile.
-
-    With `count` it is a group of alike: `cam` with a count of 3 is `cam-0`, `cam-1` and `cam-2`.
-    """
-
-    count: int | None = Field(default=None, ge=1, description="a group of so many: NAME-0, NAME-1, …")
-    serves: bool | None = Field(
-        default=None, description="whether policies may offload to it; by default all that are not in a group"
-    )
-    profile: str = Field(default="host", description="label of the machine whose profiles this node takes")
-    slowdown: float = Field(default=1.0, gt=0, description="how many times slower than that machine")
-    service: SyntheticSpec | None = None
-    slots: int = Field(default=1, ge=1, description="requests that it computes at the same time")
-    power: Power = Power()
-    price: Price = Price()
-    position: Position | None = Field(default=None, description="[x, y] in metres, of a cell that serves what moves")
-    mobility: Mobility | None = Field(default=None, description="it moves, and is linked to the nearest cell only")
-
-    @model_validator(mode="after")
-    def _one_source_of_times(self) -> NodeSpec:
-        if self.service is not None and (self.profile != "host" or self.slowdown != 1):
-            raise ValueError("has both `service` and `profile` or `slowdown`: a node's times have one source")
-        return self
 
 
 class DirectionSpec(_Spec):
@@ -199,20 +159,6 @@ class TestbedSpec(_Spec):
 
 
 @dataclass(frozen=True)
-class Node:
-    name: str
-    serves: bool
-    """Whether policies may offload to it."""
-    slots: int
-    power: Power
-    price: Price
-    slowdown: float
-    """How many times slower than this machine an emulation of the node is; 1 for synthetic service times."""
-    position: Position | None = None
-    mobility: Waypoints | RandomWaypoint | None = None
-
-
-@dataclass(frozen=True)
 class Link:
     """One direction of a link: a FIFO transmitter of a rate that may change, then a constant latency."""
 
@@ -270,12 +216,10 @@ class Testbed:
                     raise InputError(str(error), where=f"{where or spec.name}: models.{name}") from None
         nodes: dict[str, Node] = {}
         for name, s in spec.nodes.items():
-            serves = s.count is None if s.serves is None else s.serves
             for member in spec.members(name):
                 if member in nodes:
                     raise InputError(f"there are two nodes {member!r}", where=f"{where or spec.name}: nodes.{name}")
-                path = s.mobility.read(folder, member) if isinstance(s.mobility, Positions) else s.mobility
-                nodes[member] = Node(member, serves, s.slots, s.power, s.price, s.slowdown, s.position, path)
+                nodes[member] = s.node(member, folder)
         links = realise_links(spec, folder=folder, where=where, seed=seed)
         services: dict[tuple[str, str], Service] = {}
         store = folder / spec.profiles
@@ -288,6 +232,7 @@ class Testbed:
                     service = Measured(model, _profile(store, model, node.profile), node.slowdown)
                 else:
                     continue
+                _check_batches(node, service, f"{where or spec.name}: nodes.{name}.batch")
                 services |= dict.fromkeys(product(spec.members(name), [model.name]), service)
         spec = spec.with_traces(lambda file: str((folder / file).resolve()))
         return cls(spec.name, models, nodes, links, services, Overheads.find(store), spec)
@@ -305,7 +250,7 @@ class Testbed:
 
     @cached_property
     def nominal(self) -> Testbed:
-        """The same testbed as a controller may know it: every link at its mean rate, always, in its `spec` as well."""
+        """The same testbed as a controller may know it: every link and node at its mean rate, in its `spec` as well."""
 
         means: dict[int, Rate] = {}  # links of a group share their rate
 
@@ -322,8 +267,14 @@ class Testbed:
             return spec.model_copy(update={**there, "back": spec.back.model_copy(update=back)})
 
         links = {i: replace(link, rate=mean(i)) for i, link in self.links.items()}
-        spec = self.spec.model_copy(update={"links": tuple(told(link) for link in self.spec.links)})
-        return self._like(links=links, spec=spec)
+        nodes = {n: it if it.speed is None else replace(it, speed=_steady(it.speed)) for n, it in self.nodes.items()}
+        described = {
+            n: it if (speed := it.relative_speed) is None else it.at_speed(_steady(speed).mean_bytes_per_s)
+            for n, it in self.spec.nodes.items()
+        }
+        told_links = tuple(told(link) for link in self.spec.links)
+        spec = self.spec.model_copy(update={"links": told_links, "nodes": described})
+        return self._like(nodes=nodes, links=links, spec=spec)
 
     @cached_property
     def rates(self) -> Mapping[LinkId, Rate]:
@@ -405,9 +356,29 @@ class Testbed:
         """Service times of a model on a node. KeyError is a bug: names are checked before."""
         return self.services[node, model]
 
+    def batch_factor(self, node: str, model: str, size: int) -> float:
+        """How many times longer than one job a batch takes, on a node that batches."""
+        batch = self.nodes[node].batch
+        if batch is not None and batch.cost is not None:
+            return batch.factor(size)
+        return self.service(node, model).batch_factor(size)
+
     def __getstate__(self) -> dict[str, Any]:
         # What follows from the fields is found again where it is needed.
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _steady(rate: Rate) -> Rate:
+    return Rate.constant(rate.mean_bytes_per_s)
+
+
+def _check_batches(node: NodeSpec, service: Service, where: str) -> None:
+    """InputError when it is not known what the batches of a node cost."""
+    if node.batch is not None and node.batch.cost is None:
+        try:
+            service.batch_factor(node.batch.size)
+        except InputError as error:
+            raise InputError(error.problem, where=where, allowed=error.allowed) from None
 
 
 def realise_links(
