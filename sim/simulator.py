@@ -24,7 +24,7 @@ from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Star
 from isthmus.policies.plan import Compiled, Plan
 from isthmus.policies.records import Kind, Record, Span
 from isthmus.sim.clock import Armed, Clock, few_collections
-from isthmus.sim.link import FifoLink
+from isthmus.sim.links import make_links
 from isthmus.sim.node import FifoNode
 from isthmus.sim.token import Token
 from isthmus.sim.wiring import Leg, Wiring
@@ -109,7 +109,7 @@ class _Simulation:
         self._arrived_at, self._received_at = (self._arrived,), (self._received_later,)
         self._answered_at, self._arrives_at = (self._answered,), (self._arrive,)
         self.nodes = {n: FifoNode(self.clock, n, it.slots, (self._computed,)) for n, it in testbed.nodes.items()}
-        links = {i: FifoLink(self.clock, link, self._arrived_at) for i, link in testbed.links.items()}
+        links = make_links(testbed, self.clock, seed, self._arrived_at, self._left)
         self._wire = Wiring(testbed, self.nodes, links, seed)
         self._wake_s = testbed.overheads.wake_s
         compiler = Compiler(testbed)
@@ -238,9 +238,14 @@ class _Simulation:
         leg, hop = token.leg, token.hop
         if leg.nodes[hop].up:
             left_s = leg.links[hop].carry(token, now)
-            if leg.tells[hop] and token.home.estimates:
-                start = token.start
-                token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, left_s)
+            if left_s is not None and token.home.estimates:
+                self._left(token, left_s)
+
+    def _left(self, token: Token, at_s: float) -> None:
+        """The last byte leaves a link: at once, or at a time that was known when the message entered."""
+        leg, hop, start = token.leg, token.hop, token.start
+        if leg.tells[hop] and token.home.estimates:
+            token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, at_s)
 
     def _arrived(self, token: Token) -> None:
         """At the far end of a link. A node that is down does not receive."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from isthmus.policies.plan import Compiled, Message
-from isthmus.sim.link import FifoLink
+from isthmus.sim.link import Carrier
 from isthmus.sim.node import FifoNode
 from isthmus.workloads.model import Part
 from isthmus.workloads.random import Uniforms
@@ -19,14 +19,18 @@ from isthmus.workloads.testbed import Testbed
 
 
 class Leg(NamedTuple):
-    """A message: `nodes` and `links` of its path, and whether its source node sends on each link."""
+    """A message: `nodes` and `links` of its path, and whether its source node sends on each link.
+
+    `nth` is the how-manieth of its plan's messages it is on each link.
+    """
 
     source: int
     target: int
     bytes: int
     nodes: tuple[FifoNode, ...]
-    links: tuple[FifoLink, ...]
+    links: tuple[Carrier, ...]
     tells: tuple[bool, ...]
+    nth: tuple[int, ...]
     load: int
     encode_s: float
     decode_s: float
@@ -60,7 +64,7 @@ class Wiring:
     """Wires each compiled plan once."""
 
     def __init__(
-        self, testbed: Testbed, nodes: Mapping[str, FifoNode], links: Mapping[LinkId, FifoLink], seed: int
+        self, testbed: Testbed, nodes: Mapping[str, FifoNode], links: Mapping[LinkId, Carrier], seed: int
     ) -> None:
         self._testbed, self._nodes, self._links, self._seed = testbed, nodes, links, seed
         self._wired: dict[Compiled, Wired] = {}
@@ -90,10 +94,11 @@ class Wiring:
         )
 
     def _legs(self, compiled: Compiled, messages: Sequence[Message]) -> tuple[Leg, ...]:
-        return tuple(self._leg(compiled.source, message) for message in messages)
+        return tuple(self._leg(compiled, message) for message in messages)
 
-    def _leg(self, source: str, message: Message) -> Leg:
+    def _leg(self, compiled: Compiled, message: Message) -> Leg:
         overheads, path = self._testbed.overheads, message.path
+        before = [link for link, _ in compiled.loads[: message.load]]
 
         def code(cost_s: Callable[[str, float], float], node: str) -> float:
             if len(path) == 1:
@@ -107,7 +112,8 @@ class Wiring:
             message.wire_bytes,
             tuple(self._nodes[node] for node in path),
             tuple(self._links[link] for link in message.links),
-            tuple(node == source for node in path[:-1]),
+            tuple(node == compiled.source for node in path[:-1]),
+            tuple(before.count(link) for link in message.links),
             message.load,
             code(overheads.encode_s, path[0]),
             code(overheads.decode_s, path[-1]),
