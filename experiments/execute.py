@@ -247,6 +247,15 @@ def check_emulation(experiment: Experiment) -> list[str]:
     from isthmus.real.profiler import this_machine
 
     here, said = this_machine("host"), []
+    spec = experiment.testbed_spec
+    for number, described in enumerate(spec.links):
+        for (ways, _), way in zip(spec.directed(described), ("", "back."), strict=True):
+            if features := experiment.testbed.links[ways[0]].features:
+                raise InputError(
+                    "is simulated only so far",
+                    where=f"{experiment.where}: links[{number}].{way}{features[0]}",
+                    allowed="in emulation a link has a rate and a latency",
+                )
     for name, node in experiment.testbed.nodes.items():
         where = f"{experiment.where}: nodes.{name}"
         measured = [s for (n, _), s in experiment.testbed.services.items() if n == name and isinstance(s, Measured)]

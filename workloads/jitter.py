@@ -84,7 +84,7 @@ class Distributed(_Spec):
         if not isinstance(found, stats.rv_continuous):
             known = [n for n in dir(stats) if isinstance(getattr(stats, n), stats.rv_continuous)]
             allowed = f"{', '.join(_QUANTILES)}, or a continuous one of scipy.stats"
-            raise InputError(unknown("distribution", name, [*_QUANTILES, *known]).problem, allowed=allowed)
+            raise InputError(unknown("distribution", name, {*_QUANTILES, *known}).problem, allowed=allowed)
         wanted = found.shapes.split(", ") if found.shapes else []
         if set(wanted) != set(self.shape):
             raise InputError(f"the distribution {name} has the shape parameters: {', '.join(wanted) or 'none'}")

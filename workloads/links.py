@@ -248,7 +248,7 @@ class Link:
         return [name.removesuffix("_bytes") for name in more if name != "discipline" or self.medium is None]
 
     @property
-    def mean_bytes_per_s(self) -> float:
-        """The mean rate of one message that is alone."""
-        mean = self.rate.mean_bytes_per_s
-        return mean if self.medium is None else min(mean, self.medium.rate.mean_bytes_per_s)
+    def bottleneck(self) -> Rate:
+        """The rate of a message that is alone; of its own and its medium's, the one that is smaller on average."""
+        rates = [self.rate] if self.medium is None else [self.rate, self.medium.rate]
+        return min(rates, key=lambda rate: rate.mean_bytes_per_s)

@@ -254,11 +254,11 @@ class Testbed:
 
         def known(link: Link) -> Link:
             medium = link.medium and replace(link.medium, rate=mean(link.medium.rate.mean_bytes_per_s))
-            return replace(link, rate=mean(link.mean_bytes_per_s), medium=medium)
+            return replace(link, rate=mean(link.bottleneck.mean_bytes_per_s), medium=medium)
 
         def told(spec: LinkSpec) -> LinkSpec:
             a, b = self.spec.pairs(spec)[0]  # of a group, its first
-            return at_rates(spec, self.links[a, b].mean_bytes_per_s, self.links[b, a].mean_bytes_per_s)
+            return at_rates(spec, *(self.links[way].bottleneck.mean_bytes_per_s for way in ((a, b), (b, a))))
 
         links = {i: known(link) for i, link in self.links.items()}
         shared = {it.medium.name: it.medium.rate.mean_bytes_per_s for it in links.values() if it.medium is not None}
@@ -268,8 +268,8 @@ class Testbed:
 
     @cached_property
     def rates(self) -> Mapping[LinkId, Rate]:
-        """The true rate of every link."""
-        return {link: it.rate for link, it in self.links.items()}
+        """The true rate of every link, for a message that is alone."""
+        return {link: it.bottleneck for link, it in self.links.items()}
 
     @cached_property
     def has_power(self) -> bool:
