@@ -49,18 +49,19 @@ class FifoLink:
         "_arrived",
         "_busy_s",
         "_bytes",
-        "_clock",
         "_constant",
         "_free_s",
         "_latency_s",
         "_messages",
+        "_push",
         "_rate",
+        "_tick",
         "_waited_s",
         "place",
     )
 
     def __init__(self, clock: Clock, link: Link, arrived: Callbacks) -> None:
-        self._clock, self._arrived = clock, arrived
+        self._push, self._tick, self._arrived = clock.push, clock.tick, arrived
         self._rate, self._latency_s = link.rate, link.latency_s
         self._constant = link.rate.mean_bytes_per_s if link.rate.is_constant else None
         self._free_s = self._busy_s = self._waited_s = 0.0
@@ -69,15 +70,14 @@ class FifoLink:
 
     def carry(self, token: Token, now_s: float) -> float:
         """A message enters; the time at which its last byte leaves."""
-        leg = token.leg
+        leg, constant, start_s = token.leg, self._constant, self._free_s
         size = leg.bytes
-        start_s = self._free_s
         if start_s > now_s:
             self._waited_s += start_s - now_s
         else:
             start_s = now_s
-        if self._constant is not None:
-            left_s = start_s + size / self._constant  # its busy time follows from its bytes
+        if constant is not None:
+            left_s = start_s + size / constant  # its busy time follows from its bytes
         else:
             left_s = self._rate.finish_s(start_s, size)
             self._busy_s += left_s - start_s
@@ -85,14 +85,15 @@ class FifoLink:
         self._bytes += size
         self._free_s = left_s
         arrived_s = left_s + self._latency_s
-        if token.spans is not None:
+        spans = token.spans
+        if spans is not None:
             attempt = token.start.attempt
             if start_s > now_s:
-                token.spans.append(new(Span, (WAIT, self.place, now_s, start_s, attempt, leg.source, None)))
+                spans.append(new(Span, (WAIT, self.place, now_s, start_s, attempt, leg.source, None)))
             if arrived_s > start_s:
-                token.spans.append(new(Span, (SEND, self.place, start_s, arrived_s, attempt, leg.source, size)))
+                spans.append(new(Span, (SEND, self.place, start_s, arrived_s, attempt, leg.source, size)))
         token.at_s, token.callbacks = arrived_s, self._arrived
-        self._clock.push((arrived_s, 1, self._clock.tick(), token))
+        self._push((arrived_s, 1, self._tick(), token))
         return left_s
 
     def totals(self, now_s: float) -> LinkTotals:

@@ -238,7 +238,7 @@ class _Simulation:
         leg, hop = token.leg, token.hop
         if leg.nodes[hop].up:
             left_s = leg.links[hop].carry(token, now)
-            if left_s is not None and token.home.estimates:
+            if token.home.estimates and left_s is not None:
                 self._left(token, left_s)
 
     def _left(self, token: Token, at_s: float) -> None:

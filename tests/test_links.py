@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
 from scipy import stats
 
-from isthmus.experiments.execute import Experiment, check_emulation
-from isthmus.experiments.schemas import schemas
 from isthmus.policies.contract import View
 from isthmus.policies.cost import Splits, predict
 from isthmus.policies.dispatch import Compiler, Dispatcher
@@ -36,7 +30,6 @@ from isthmus.sim import simulator
 from isthmus.sim.link import Carrier, FifoLink, LinkTotals
 from isthmus.sim.links import FairLink, TcpFifoLink
 from isthmus.workloads.arrivals import Poisson
-from isthmus.workloads.errors import InputError
 from isthmus.workloads.faults import NodeFault
 from isthmus.workloads.requests import Request, Source
 from isthmus.workloads.testbed import Testbed, TestbedSpec
@@ -530,83 +523,3 @@ def test_radios_drain_the_batteries_at_both_ends_while_bytes_flow(synthetic, pla
     answer_s = ANSWER / X
     expected = [(3.0, 1.0), (2 * answer_s, came_s + answer_s)]
     assert [x for pair in cells["device"].drained for x in pair] == pytest.approx([x for p in expected for x in p])
-
-
-# Wrong input, and right
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/physics.md"])
-def test_what_the_documentation_shows_is_a_testbed(page, synthetic):
-    text = (Path(__file__).parents[1] / page).read_text()
-    [shown] = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "media:" in b]
-    described = yaml.safe_load(shown)
-    nodes = {n: {"service": {"mean": 1}} for link in described["links"] for n in link["between"]}
-    testbed = synthetic(nodes, **described)
-    assert {link.discipline for link in testbed.links.values()} == {"fifo", "fair"}
-    fields = {"models": {"m": "m.onnx"}, "nodes": nodes, **described}
-    Draft202012Validator(json.loads(schemas()["testbed.schema.json"])).validate(fields)
-
-
-@pytest.mark.parametrize(
-    ("link", "media", "said"),
-    [
-        ({"loss": 1}, {}, ["links[0].loss", "less than 1"]),
-        ({"loss": -0.1}, {}, ["links[0].loss", "greater than or equal to 0"]),
-        ({"back": {"loss": 1}}, {}, ["links[0].back.loss", "less than 1"]),
-        ({"jitter": "-5ms"}, {}, ["links[0].jitter", "'-5ms'", ">= 0"]),
-        ({"jitter": {"samples": ["-1ms"]}}, {}, ["links[0].jitter.samples[0]", ">= 0"]),
-        ({"jitter": {"file": "nope.csv"}}, {}, ["links[0].jitter", "nope.csv", "no such file"]),
-        ({"jitter": {"file": "a.csv", "samples": [1]}}, {}, ["links[0].jitter", "either"]),
-        ({"jitter": {"distribution": "gama", "mean": 1}}, {}, ["links[0].jitter", "did you mean gamma", "scipy"]),
-        ({"jitter": {"distribution": "pareto", "mean": 1, "shape": {"b": 1}}}, {}, ["jitter", "no finite mean"]),
-        ({"jitter": {"distribution": "pareto", "mean": 1}}, {}, ["jitter", "shape parameters: b"]),
-        ({"jitter": {"distribution": "norm", "mean": 1}}, {}, ["jitter", "below 0"]),
-        ({"discipline": "fare"}, {}, ["links[0].discipline", "'fifo' or 'fair'", "'fare'"]),
-        ({"slow_start": {"window": 0}}, {}, ["links[0].slow_start.window", "greater than 0"]),
-        ({"slow_start": {"windw": 1}}, {}, ["links[0].slow_start.windw", "(allowed: window, idle)"]),
-        ({"overhead": "60"}, {}, ["links[0].overhead", "no unit"]),
-        ({"medium": "cel"}, {"cell": {"rate": 1}}, ["links[0].medium", "did you mean cell"]),
-        ({}, {"cell": {"rate": 1}}, ["media.cell", "no link is on it"]),
-        ({"rate": None}, {}, ["links[0].rate", "missing", "medium"]),
-        ({"medium": "cell", "rate": None, "period": 1}, {"cell": {"rate": 1}}, ["links[0]", "`period`", "no rate"]),
-        ({"medium": "cell", "discipline": "fifo"}, {"cell": {"rate": 1}}, ["links[0]", "(allowed: fair)"]),
-        ({"medium": "cell"}, {"cell": {"rate": [[0, 1], [1, 0]]}}, ["media.cell.rate", "ends at 0"]),
-        ({"medium": "cell"}, {"cell": {"rate": 1, "back": {"rate": "x"}}}, ["media.cell.back.rate", "'x'"]),
-    ],
-)
-def test_what_is_wrong_with_a_link_is_said_in_a_line(chain, tmp_path, link, media, said):
-    nodes = {n: {"service": {"mean": 1}} for n in PAIR}
-    fields = {"models": {"chain": str(chain)}, "nodes": nodes, "links": linked(**link), "media": media}
-    path = tmp_path / "bed.yaml"
-    path.write_text(json.dumps(fields))
-    with pytest.raises(InputError) as caught:
-        Testbed.load(path)
-    text = str(caught.value)
-    assert "\n" not in text
-    for part in ("bed.yaml", *said):
-        assert part in text, text
-
-
-@pytest.mark.parametrize(
-    ("more", "media", "field"),
-    [
-        ({"jitter": "1ms"}, {}, "links[0].jitter"),
-        ({"back": {"loss": 0.1}}, {}, "links[0].back.loss"),
-        ({"slow_start": True}, {}, "links[0].slow_start"),
-        ({"overhead": "60B"}, {}, "links[0].overhead"),
-        ({"discipline": "fair"}, {}, "links[0].discipline"),
-        ({"medium": "cell"}, {"cell": {"rate": 1}}, "links[0].medium"),
-        ({"discipline": "fifo", "rate": FADE}, {}, None),
-    ],
-)
-def test_what_no_emulation_has_is_refused_there(chain, more, media, field):
-    nodes = {n: {"service": {"mean": 1}} for n in PAIR}
-    testbed = {"models": {"chain": str(chain)}, "nodes": nodes, "links": linked(**more), "media": media}
-    workload = [{"node": "device", "model": "chain", "arrivals": {"kind": "poisson", "rate": 1}, "requests": 1}]
-    experiment = Experiment.of({"testbed": testbed, "workload": workload, "policies": ["remote"]})
-    if field is None:
-        assert check_emulation(experiment) == []
-        return
-    with pytest.raises(InputError) as caught:
-        check_emulation(experiment)
-    assert f"{field}: is simulated only so far" in str(caught.value)

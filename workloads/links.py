@@ -196,10 +196,10 @@ def files(spec: BaseModel) -> Iterator[str]:
             yield from files(value)
 
 
-Any_ = TypeVar("Any_", bound=BaseModel)
+Named = TypeVar("Named", bound=BaseModel)
 
 
-def with_files(spec: Any_, name: Callable[[str], str]) -> Any_:
+def with_files(spec: Named, name: Callable[[str], str]) -> Named:
     """The same with the files that it names under other names."""
     update: dict[str, Any] = {}
     for field, value in spec:
