@@ -239,12 +239,13 @@ def simulate(
     trace: Trace = None,
     force: Force = False,
     views: Annotated[bool, typer.Option(help="Keep what every decision was based on.")] = False,
+    spans: Annotated[bool, typer.Option(help="Keep where the time of each request went; off: a third faster.")] = True,
     as_json: Json = False,
 ) -> None:
     """Simulate an experiment."""
     experiment = _load(file, policy, seed, requests)
     with _progress("simulating", as_json) as move:
-        made = execute.simulate(experiment, out, views=views, replace=force, progress=move)
+        made = execute.simulate(experiment, out, views=views, spans=spans, replace=force, progress=move)
     _show_run(made, trace, as_json)
 
 

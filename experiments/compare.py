@@ -270,7 +270,7 @@ def _replayed(real: Run) -> pd.Series:
             real.testbed.at_seed(seed), requests, records.append, name=policy, seed=seed,
             rows=rows, spans=spans.get((policy, seed), []),
             decisions=[d for d in real.decisions if (d["policy"], d["seed"]) == (policy, seed)],
-            faults=spec.faults, drain_s=spec.drain,
+            faults=spec.draw_faults(seed), drain_s=spec.drain,
         )  # fmt: skip
         for record in records:
             latency = math.nan if record.latency_s is None else record.latency_s

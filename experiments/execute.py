@@ -23,6 +23,7 @@ from isthmus.policies.registry import spec as policy_spec
 from isthmus.sim.simulator import simulate as simulate_cell
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.experiment import ExperimentSpec
+from isthmus.workloads.faults import NodeFault, Recurring
 from isthmus.workloads.profile import Profile
 from isthmus.workloads.progress import Progress
 from isthmus.workloads.random import Uniforms
@@ -141,42 +142,41 @@ def simulate(
     out: Path | None = None,
     *,
     views: bool = False,
+    spans: bool = True,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Run:
     """Simulate every cell into a run folder, a new one in `runs` by default. `views` keeps every decision beside it.
 
+    Without `spans` there is only what happened to each request, not where its time went: a third faster, and a fourth
+    of the size.
+
     InputError when the folder holds a finished run already, unless `replace`.
     """
     out = _free(out, replace) or new_folder(experiment, "simulated")
     testbed, cells = experiment.testbed, experiment.cells()
-    total = len(cells) * sum(map(len, experiment.spec.draw(experiment.spec.seeds[0]).values()))
+    total = len(cells) * experiment.spec.expected_requests
     facts = {"oracles": experiment.oracles, "warnings": uncalibrated(experiment)}
     with RunWriter(out, "simulated", experiment.spec, testbed, **facts) as writer:
         done = 0
         for policy, seed in cells:
-            keep = writer.sink(policy.label, seed)
-
-            def sink(record: Record, keep: Callable[[Record], None] = keep, label: str = policy.label) -> None:
-                nonlocal done
-                keep(record)
-                done += 1
-                if progress is not None and done % 100 == 0:
-                    progress(done, total, label)
-
+            tick = None if progress is None else partial(_told, progress, done, total, policy.label)
+            sink = writer.sink(policy.label, seed, spans=spans, tick=tick)
             simulate_cell(
                 testbed.at_seed(seed),
-                experiment.spec.draw(seed),
+                experiment.spec.arrive(seed),
                 experiment.make(policy, seed),
-                sink,
+                sink.keep,
                 seed=seed,
                 name=policy.label,
-                faults=experiment.spec.faults,
+                faults=experiment.spec.draw_faults(seed),
                 drain_s=experiment.spec.drain,
                 watch=writer.watch(policy.label, seed) if views else None,
+                spans=spans,
             )
+            done += sink.kept
         if progress is not None:
-            progress(total, total, "done")
+            progress(done, done, "done")
     return Run.load(out)
 
 
@@ -210,10 +210,10 @@ def run(
             felt = emulation.run_cell(
                 experiment.spec.draw(seed),
                 experiment.make(policy, seed),
-                _counting(writer.sink(policy.label, seed), wrong, policy.label),
+                _counting(writer.sink(policy.label, seed).keep, wrong, policy.label),
                 seed=seed,
                 name=policy.label,
-                faults=experiment.spec.faults,
+                faults=[f for f in experiment.spec.draw_faults(seed) if isinstance(f, NodeFault)],
                 drain_s=experiment.spec.drain,
                 decided=partial(writer.decision, policy=policy.label, seed=seed),
                 tick=told,
@@ -247,15 +247,22 @@ def check_emulation(experiment: Experiment) -> list[str]:
     from isthmus.real.profiler import this_machine
 
     here, said = this_machine("host"), []
-    spec = experiment.testbed_spec
-    for number, described in enumerate(spec.links):
-        for (ways, _), way in zip(spec.directed(described), ("", "back."), strict=True):
+    for number, described in enumerate(experiment.testbed_spec.links):
+        for (ways, _), way in zip(experiment.testbed_spec.directed(described), ("", "back."), strict=True):
             if features := experiment.testbed.links[ways[0]].features:
                 raise InputError(
-                    "is simulated only so far",
+                    "is simulated only, so far",
                     where=f"{experiment.where}: links[{number}].{way}{features[0]}",
                     allowed="in emulation a link has a rate and a latency",
                 )
+    for number, fault in enumerate(experiment.spec.faults):
+        if not isinstance(fault, NodeFault) and not (isinstance(fault, Recurring) and fault.node and not fault.slower):
+            raise InputError(
+                "is simulated only, so far", where=f"{experiment.where}: faults[{number}]", allowed="nodes that go"
+            )
+    for name, spec in experiment.testbed_spec.nodes.items():
+        if spec.mobility is not None:
+            raise InputError("is simulated only, so far", where=f"{experiment.where}: nodes.{name}.mobility")
     for name, node in experiment.testbed.nodes.items():
         where = f"{experiment.where}: nodes.{name}"
         measured = [s for (n, _), s in experiment.testbed.services.items() if n == name and isinstance(s, Measured)]
@@ -286,12 +293,12 @@ def planned(experiment: Experiment, policy: PolicySpec, seed: int) -> set[Plan]:
 
     simulate_cell(
         experiment.testbed.at_seed(seed),
-        experiment.spec.draw(seed),
+        experiment.spec.arrive(seed),
         experiment.make(policy, seed),
         lambda record: None,
         seed=seed,
         name=policy.label,
-        faults=experiment.spec.faults,
+        faults=experiment.spec.draw_faults(seed),
         drain_s=experiment.spec.drain,
         watch=watch,
     )

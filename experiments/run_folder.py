@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -102,13 +102,16 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
     return values if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
-class _Sink:
+class Sink:
     """Takes the records of one policy and seed, and turns them into columns, many at a time."""
 
-    def __init__(self, requests: _Table, spans: _Table | None, policy: str, seed: int) -> None:
+    def __init__(
+        self, requests: _Table, spans: _Table | None, policy: str, seed: int, tick: Callable[[int], None] | None
+    ) -> None:
         self._requests, self._spans = requests, spans
-        self._policy, self._seed = policy, seed
+        self._policy, self._seed, self._tick = policy, seed, tick
         self._records: list[Record] = []
+        self.kept = 0
 
     def keep(self, record: Record) -> None:
         self._records.append(record)
@@ -134,6 +137,9 @@ class _Sink:
                 {**dict(zip(Span._fields, zip(*rows, strict=True), strict=True)), **of, **self._cell(len(rows))}
             )
         self._records.clear()
+        self.kept += count
+        if self._tick is not None:
+            self._tick(self.kept)
 
     def _cell(self, rows: int) -> dict[str, pa.Array]:
         return {"policy": pa.repeat(self._policy, rows), "seed": pa.repeat(pa.scalar(self._seed, pa.int64()), rows)}
@@ -155,16 +161,19 @@ class RunWriter:
             _keep_inputs(folder, testbed)
             self._requests = _Table(folder / "requests.parquet", REQUEST_COLUMNS)
             self._spans = _Table(folder / "spans.parquet", SPAN_COLUMNS)
-            self._sink: _Sink | None = None
+            self._sink: Sink | None = None
             self._decisions = (folder / "decisions.jsonl.partial").open("w", encoding="utf-8")
         except OSError as error:
             raise RunFailure(f"{folder}: cannot be written: {error.strerror or error}") from None
 
-    def sink(self, policy: str, seed: int, *, spans: bool = True) -> Callable[[Record], None]:
-        """Where the records of one policy and seed go. Without `spans` only the request is kept."""
+    def sink(self, policy: str, seed: int, *, spans: bool = True, tick: Callable[[int], None] | None = None) -> Sink:
+        """Where the records of one policy and seed go. Without `spans` only the request is kept.
+
+        `tick` is told now and then how many it has taken.
+        """
         self._flush()
-        self._sink = _Sink(self._requests, self._spans if spans else None, policy, seed)
-        return self._sink.keep
+        self._sink = Sink(self._requests, self._spans if spans else None, policy, seed, tick)
+        return self._sink
 
     def _flush(self) -> None:
         if self._sink is not None:
@@ -307,7 +316,8 @@ def _keep_inputs(folder: Path, testbed: Testbed) -> None:
     """Copies of what was measured, so that the run can be understood and replayed when the originals have changed."""
     store = folder / "profiles"
     store.mkdir(exist_ok=True)
-    for (_, model), service in testbed.services.items():
+    kept = {id(service): (model, service) for (_, model), service in testbed.services.items()}  # groups share theirs
+    for model, service in kept.values():
         if isinstance(service, Measured):
             service.profile.save(profile_path(store, model, service.profile.machine.label))
     testbed.overheads.save(store)
@@ -353,7 +363,8 @@ def _facts(world: str, spec: ExperimentSpec, testbed: Testbed) -> dict[str, Any]
         },
         "services": {
             f"{node}/{model}": {"provenance": service.provenance, "sha256": _profile_hash(service)}
-            for (node, model), service in testbed.services.items()
+            for node, model in product(testbed.spec.nodes, testbed.models)
+            if (service := testbed.services.get((testbed.spec.members(node)[0], model))) is not None
         },
         "overheads": testbed.overheads.model_dump(),
     }

@@ -28,6 +28,8 @@ class LinkBelief:
     """Bytes that this controller has put on the link and not seen delivered."""
     age_s: float | None
     """Since the rate was last observed; None: never, it is the nominal one."""
+    up: bool = True
+    """False: nothing gets through now, and routes lead around it where they can."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ the two agree (a test). Queues count as the view reports them; what else may arr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from heapq import heappop, heappush, heapreplace
@@ -210,9 +210,10 @@ class Splits:
                 energy = energy + watts * wire / view.links[way].rate_bytes_per_s
         return np.asarray(energy)
 
-    def uses(self, nodes: Mapping[str, bool]) -> npt.NDArray[np.bool_]:
-        """Which splits touch, to compute or to forward, only nodes that are up; (n,)."""
-        down = [i for i, node in enumerate(self.route) if not nodes.get(node, True)]
+    def uses(self, view: View) -> npt.NDArray[np.bool_]:
+        """Which splits touch, to compute or to forward, only nodes and links that are believed up; (n,)."""
+        down = [i for i, node in enumerate(self.route) if not view.nodes[node].up]
+        down += [i + 1 for i, (a, b) in enumerate(self.links) if not (view.links[a, b].up and view.links[b, a].up)]
         if not down:
             return np.ones(len(self), dtype=bool)
         first = min(down)

@@ -23,12 +23,13 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from isthmus.policies.bill import energy_j, money_usd
-from isthmus.policies.contract import Learner, Policy, Truth, View, is_blind, is_oracle
+from isthmus.policies.contract import Policy, Truth, View, is_blind, is_oracle
 from isthmus.policies.estimators import Estimators
 from isthmus.policies.plan import Compiled, Plan, compile_plan, whole_on
 from isthmus.policies.records import Outcome, Record, Span
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.requests import Request
+from isthmus.workloads.routing import NONE_DOWN, LinkId
 from isthmus.workloads.testbed import Testbed
 
 COMPLETED, LATE = Outcome.COMPLETED, Outcome.LATE
@@ -77,17 +78,21 @@ class Compiler:
 
     def __init__(self, testbed: Testbed) -> None:
         self._testbed = testbed
-        self._compiled: dict[tuple[Plan, str, str], Compiled] = {}
+        beliefs = Estimators(testbed)
+        self.unseen = beliefs.links(0.0), beliefs.nodes(0.0)
+        """What is believed of links and nodes of which nothing was seen: for policies that do not look."""
+        self._compiled: dict[tuple[Plan, str, str, frozenset[LinkId]], Compiled] = {}
 
-    def __call__(self, plan: Plan, model: str, source: str) -> Compiled:
-        key = (plan, model, source)
+    def __call__(self, plan: Plan, model: str, source: str, down: frozenset[LinkId] = NONE_DOWN) -> Compiled:
+        """The plan laid out over routes that avoid the links that are `down`."""
+        key = (plan, model, source, down)
         try:
             return self._compiled[key]
         except KeyError:
             pass
         except TypeError:  # unhashable: not a plan; compile_plan says so
             key = None  # type: ignore[assignment]
-        compiled = compile_plan(plan, self._testbed.models[model], source, self._testbed)
+        compiled = compile_plan(plan, self._testbed.models[model], source, self._testbed.without(down))
         if key is not None:
             self._compiled[key] = compiled
         return compiled
@@ -95,6 +100,10 @@ class Compiler:
 
 class Dispatcher:
     """The controller of one source. `watch`, where given, sees each decision: request, attempt, view, plan."""
+
+    # Slots: with very many sources a request finds its dispatcher out of the processor's caches.
+    __slots__ = ("_bills", "_compile", "_down", "_estimators", "_known", "_learn", "_lost", "_open", "_recent",
+                 "_testbed", "_truth", "_unseen", "_watch", "name", "policy", "source")  # fmt: skip
 
     def __init__(
         self,
@@ -109,12 +118,11 @@ class Dispatcher:
         self.source, self.policy, self.name = source, policy, name
         self._testbed, self._known, self._compile = testbed, testbed.nominal, compiler
         self._truth = Truth(testbed.rates) if is_oracle(policy) else None
-        beliefs = Estimators(testbed)
-        self._estimators = None if is_blind(policy) else beliefs
-        self._unseen = source, self._known, beliefs.links(0.0), beliefs.nodes(0.0), self._truth
+        self._estimators = None if is_blind(policy) else Estimators(testbed)
+        self._unseen = source, self._known, *compiler.unseen, self._truth
         self._recent: tuple[Plan | None, str, Compiled | None] = None, "", None
         self._bills = testbed.has_power or testbed.has_prices
-        self._learn = policy.learn if isinstance(policy, Learner) else None
+        self._learn: Callable[[Record], None] | None = getattr(policy, "learn", None)
         self._down: set[str] = set()
         self._open: dict[int, Start] = {}
         self._lost: dict[int, list[Span]] = {}
@@ -146,7 +154,7 @@ class Dispatcher:
 
     def arrive(self, request: Request, now_s: float) -> Sequence[Action]:
         """A request arrived."""
-        if self.source in self._down:
+        if self._down and self.source in self._down:
             return (self._close(request, 0, None, Outcome.FAILED, f"source {self.source} down"),)
         return self._start(request, 1, now_s)
 
@@ -206,6 +214,13 @@ class Dispatcher:
         hit = [start for start in self._open.values() if node in start.compiled.nodes]
         return [a for s in hit for a in self.lost(s.request.number, s.attempt, f"node {node} down", now_s)]
 
+    def links_are(self, down: frozenset[LinkId]) -> None:
+        """Exactly these links are known to be down. What is under way stands still or is sent again; it is not lost."""
+        self._known, self._recent = self._testbed.nominal.without(down), (None, "", None)
+        self._unseen = self.source, self._known, *self._compile.unseen, self._truth
+        if self._estimators is not None:
+            self._estimators.links_are(down)
+
     def end(self, outcome: Outcome = Outcome.UNFINISHED, reason: str = "run ended") -> Sequence[Action]:
         """Nothing more will come of what is open: close it all."""
         return [self._close(*start[:3], outcome, reason) for start in list(self._open.values())]
@@ -247,7 +262,7 @@ class Dispatcher:
         recent, model, compiled = self._recent
         if compiled is None or plan is not recent or request.model != model:
             try:
-                compiled = self._compile(plan, request.model, self.source)
+                compiled = self._compile(plan, request.model, self.source, self._known.down)
             except InputError as error:
                 raise PolicyFailure(
                     f"policy {self.name!r} gave an impossible plan for request {request.number}: {error}"
@@ -279,7 +294,7 @@ class Dispatcher:
             _, correct, error, overruns = answer
             if self._bills:
                 energy, money = energy_j(spans, self._testbed), money_usd(spans, self._testbed)
-        plan = None if compiled is None else compiled.plan.to_json()
+        plan = None if compiled is None else compiled.text
         record: Record = new(
             Record,
             (number, self.source, request.model, request.arrival_s, request.deadline_s, now_s, outcome, reason, plan,

@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 from isthmus.policies.contract import LinkBelief, NodeBelief
 from isthmus.policies.plan import Compiled
 from isthmus.policies.records import Kind, Span
-from isthmus.workloads.routing import LinkId
+from isthmus.workloads.routing import NONE_DOWN, LinkId
 from isthmus.workloads.testbed import Testbed
 
 GAIN = 0.4
@@ -94,6 +94,7 @@ class Estimators:
         self._open: dict[tuple[int, int], _Open] = {}
         self._leaving: list[tuple[float, int, int, int]] = []
         self._work: dict[Compiled, tuple[float, ...]] = {}
+        self._down: frozenset[LinkId] = NONE_DOWN
 
     def start(self, number: int, attempt: int, compiled: Compiled) -> None:
         """An attempt was started: its work is outstanding on the nodes and links that it will use."""
@@ -150,10 +151,14 @@ class Estimators:
         state = self._nodes.get(node, _UNSEEN)
         self._nodes[node] = state._replace(seen_s=now_s, up=up)
 
+    def links_are(self, down: frozenset[LinkId]) -> None:
+        """Exactly these links are down."""
+        self._down = down
+
     def links(self, now_s: float) -> Mapping[LinkId, LinkBelief]:
         """What is believed of every link now."""
         self._settle(now_s)
-        states, known = self._links.copy(), self._known.links
+        states, known, down = self._links.copy(), self._known.links, self._down
 
         def belief(link: LinkId) -> LinkBelief:
             state = states.get(link) or self._fresh(link)
@@ -162,6 +167,7 @@ class Estimators:
                 known[link].latency_s + known[link[1], link[0]].latency_s,
                 max(state.queued_bytes, 0.0),
                 None if state.seen_s is None else now_s - state.seen_s,
+                link not in down,
             )
 
         return Beliefs(known, belief)

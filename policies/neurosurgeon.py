@@ -18,6 +18,7 @@ from isthmus.policies.plan import Plan
 from isthmus.policies.static import server_for
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.requests import Request
+from isthmus.workloads.routing import LinkId
 
 
 class Neurosurgeon:
@@ -27,11 +28,11 @@ class Neurosurgeon:
         if objective not in ("latency", "energy"):
             raise InputError(f"neurosurgeon has no objective {objective!r}", allowed="latency, energy")
         self.objective, self.server = objective, server
-        self._splits: dict[tuple[str, str, str], Splits] = {}
+        self._splits: dict[tuple[str, str, str, frozenset[LinkId]], Splits] = {}
 
     def decide(self, request: Request, view: View) -> Plan:
         server = server_for(self.server, request, view)
-        key = (view.source, server, request.model)
+        key = (view.source, server, request.model, view.testbed.down)
         if key not in self._splits:
             route = view.testbed.route(view.source, server)
             model = view.testbed.models[request.model]

@@ -116,7 +116,7 @@ class Message:
         return tuple(zip(self.path, self.path[1:], strict=False))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Compiled:
     """A checked plan, laid out for execution: which messages leave each stage, and how many each waits for."""
 
@@ -128,16 +128,12 @@ class Compiled:
     """By stage; the last entry is what the request itself sends."""
     needs: tuple[int, ...]
     """Messages each stage waits for; the last entry is what the answer waits for."""
-
-    @cached_property
-    def loads(self) -> tuple[tuple[LinkId, int], ...]:
-        """Every link that every message crosses, with the bytes on it, in order of `messages` and hops."""
-        return tuple((link, m.wire_bytes) for m in self.messages for link in m.links)
-
-    @cached_property
-    def nodes(self) -> frozenset[str]:
-        """Every node that computes or forwards."""
-        return frozenset(n for m in self.messages for n in m.path) | {s.node for s in self.plan.stages}
+    loads: tuple[tuple[LinkId, int], ...]
+    """Every link that every message crosses, with the bytes on it, in order of `messages` and hops."""
+    nodes: frozenset[str]
+    """Every node that computes or forwards."""
+    text: str
+    """The plan as records have it."""
 
 
 def compile_plan(plan: Plan, model: Model, source: str, testbed: Testbed) -> Compiled:
@@ -191,6 +187,9 @@ def compile_plan(plan: Plan, model: Model, source: str, testbed: Testbed) -> Com
         tuple(messages),
         tuple(tuple(m for m in messages if m.source == end) for end in ends),
         tuple(sum(m.target == end for m in messages) for end in ends),
+        tuple((link, m.wire_bytes) for m in messages for link in m.links),
+        frozenset(n for m in messages for n in m.path) | {stage.node for stage in plan.stages},
+        plan.to_json(),
     )
 
 

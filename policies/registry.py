@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -28,18 +28,9 @@ class PolicySpec:
 
         InputError for an unknown name (with the nearest ones) or for arguments that the policy does not take.
         """
-        factory = find(self.name)
-        taken = inspect.signature(factory).parameters
-        arguments = dict(self.arguments)
-        if "seed" in taken:
-            arguments.setdefault("seed", seed)
+        factory, takes_seed = self._factory
         try:
-            inspect.signature(factory).bind(**arguments)
-        except TypeError as error:
-            allowed = ", ".join(taken) or "it takes no arguments"
-            raise InputError(f"policy {self.name!r}: {error}", allowed=allowed) from None
-        try:
-            policy = factory(**arguments)
+            policy = factory(**({"seed": seed, **self.arguments} if takes_seed else self.arguments))
         except InputError:
             raise
         except Exception as error:
@@ -47,6 +38,19 @@ class PolicySpec:
         if not callable(getattr(policy, "decide", None)):
             raise InputError(f"policy {self.name!r} has no method decide(request, view)")
         return policy  # type: ignore[no-any-return]
+
+    @cached_property
+    def _factory(self) -> tuple[Any, bool]:
+        """What makes it, and whether that takes a seed; looked for once, for however many sources."""
+        factory = find(self.name)
+        signature = inspect.signature(factory)
+        takes_seed = "seed" in signature.parameters
+        try:
+            signature.bind(**({"seed": 0, **self.arguments} if takes_seed else self.arguments))
+        except TypeError as error:
+            allowed = ", ".join(signature.parameters) or "it takes no arguments"
+            raise InputError(f"policy {self.name!r}: {error}", allowed=allowed) from None
+        return factory, takes_seed
 
 
 def spec(entry: str | Mapping[str, Any]) -> PolicySpec:

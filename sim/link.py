@@ -39,6 +39,12 @@ class Carrier(Protocol):
     def carry(self, token: Token, now_s: float) -> float | None:
         """A message enters. When its last byte leaves; None where that depends on what else comes."""
 
+    def lose(self, token: Token) -> None:
+        """A message that is on the link takes its time there, and never arrives."""
+
+    def reset(self, now_s: float) -> None:
+        """All that has not left is given up, and what has left and not arrived is no concern of the link."""
+
     def totals(self, now_s: float) -> LinkTotals: ...
 
 
@@ -96,7 +102,15 @@ class FifoLink:
         self._push((arrived_s, 1, self._tick(), token))
         return left_s
 
+    def lose(self, token: Token) -> None:
+        token.callbacks = ()
+
+    def reset(self, now_s: float) -> None:
+        if self._free_s > now_s:
+            self._busy_s -= self._free_s - now_s
+            self._free_s = now_s
+
     def totals(self, now_s: float) -> LinkTotals:
-        busy_s = self._busy_s if self._constant is None else self._bytes / self._constant
+        busy_s = self._busy_s + (0.0 if self._constant is None else self._bytes / self._constant)
         # It is busy without a break from now until it is free.
         return LinkTotals(self._messages, self._bytes, busy_s - max(self._free_s - now_s, 0.0), self._waited_s, 0)

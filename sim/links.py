@@ -18,7 +18,7 @@ from typing import Protocol
 from isthmus.policies.records import Span
 from isthmus.sim.clock import Callbacks, Clock
 from isthmus.sim.link import SEND, WAIT, Carrier, FifoLink, LinkTotals
-from isthmus.sim.sharing import Sharing
+from isthmus.sim.sharing import Flow, Sharing
 from isthmus.sim.token import Token
 from isthmus.workloads.links import Link
 from isthmus.workloads.rate import Rate
@@ -38,22 +38,20 @@ class Battery(Protocol):
     def drain(self, joules: float, now_s: float) -> None: ...
 
 
-def make_links(
-    testbed: Testbed,
-    clock: Clock,
-    seed: int,
-    arrived: Callbacks,
-    left: Left,
-    batteries: Mapping[str, Battery] | None = None,
-) -> dict[LinkId, Carrier]:
-    """Every link of a testbed. `arrived` is called with each token at the far end; `batteries` are those of nodes."""
+def link_maker(
+    testbed: Testbed, clock: Clock, seed: int, left: Left, batteries: Mapping[str, Battery] | None = None
+) -> Callable[[Link, Callbacks], Carrier]:
+    """What makes the links of a testbed, each with what is called with every token at its far end.
+
+    `batteries` are those of nodes, by name.
+    """
     caps: dict[str, dict[LinkId, Rate]] = defaultdict(dict)
     for link in testbed.links.values():
         if link.medium is not None and link.rate != link.medium.rate:
             caps[link.medium.name][link.id] = link.rate
     media: dict[str, Sharing] = {}
 
-    def make(link: Link) -> Carrier:
+    def make(link: Link, arrived: Callbacks) -> Carrier:
         radio = _radio(link, testbed, batteries or {})
         if link.is_plain and radio is None:
             return FifoLink(clock, link, arrived)
@@ -69,7 +67,7 @@ def make_links(
             sharing = media[name]
         return FairLink(clock, link, rtt_s, seed, arrived, radio, sharing, left)
 
-    return {name: make(link) for name, link in testbed.links.items()}
+    return make
 
 
 def _radio(link: Link, testbed: Testbed, batteries: Mapping[str, Battery]) -> Radio | None:
@@ -165,6 +163,16 @@ class TcpFifoLink(_TcpLink):
         self._arrived_s = self._leave(token, now_s, start_s, left_s, self._arrived_s)
         return left_s
 
+    def lose(self, token: Token) -> None:
+        token.callbacks = ()
+
+    def reset(self, now_s: float) -> None:
+        self._window = self._first_window
+        if self._free_s > now_s:
+            self._busy_s -= self._free_s - now_s
+            self._free_s = now_s
+        self._arrived_s = now_s
+
     def totals(self, now_s: float) -> LinkTotals:
         busy_s = self._busy_s - max(self._free_s - now_s, 0.0)
         return LinkTotals(self._messages, self._bytes, busy_s, self._waited_s, self._lost)
@@ -173,11 +181,13 @@ class TcpFifoLink(_TcpLink):
 class _Crossing:
     """A message under way on a fair link: what is still to be sent, and again, and the window of its round."""
 
-    __slots__ = ("again", "left_bytes", "round_s", "start_s", "token", "window")
+    __slots__ = ("again", "flow", "left_bytes", "lost", "round_s", "start_s", "token", "window")
+
+    flow: Flow
 
     def __init__(self, token: Token, start_s: float, left_bytes: float, again: list[float], window: float) -> None:
         self.token, self.start_s, self.left_bytes, self.again, self.window = token, start_s, left_bytes, again, window
-        self.round_s = start_s
+        self.round_s, self.lost = start_s, False
 
 
 class FairLink(_TcpLink):
@@ -199,8 +209,8 @@ class FairLink(_TcpLink):
     ) -> None:
         super().__init__(clock, link, rtt_s, seed, arrived, radio)
         self._sharing, self._left = sharing, left
-        self._under_way, self._since_s = 0, 0.0
-        """How many messages, and since when there is none, or some."""
+        self._under_way: dict[Token, _Crossing] = {}
+        self._since_s = 0.0  # since when there is none under way, or some
 
     def carry(self, token: Token, now_s: float) -> None:
         wire, again = self._enter(token)
@@ -208,8 +218,28 @@ class FairLink(_TcpLink):
             if now_s - self._since_s > self._idle_s:
                 self._window = self._first_window
             self._since_s = now_s
-        self._under_way += 1
-        self._round(_Crossing(token, now_s, wire, again, self._window))
+        crossing = self._under_way[token] = _Crossing(token, now_s, wire, again, self._window)
+        self._round(crossing)
+
+    def lose(self, token: Token) -> None:
+        if token in self._under_way:
+            self._under_way[token].lost = True
+
+    def reset(self, now_s: float) -> None:
+        crossings = list(self._under_way.values())
+        self._under_way.clear()
+        for crossing in crossings:
+            self._sharing.leave(crossing.flow)
+            self._over(crossing, now_s)
+            token = crossing.token
+            if token.spans is not None and now_s > crossing.start_s:
+                sent = Span(SEND, self.place, crossing.start_s, now_s, token.start.attempt, token.leg.source)
+                token.spans.append(sent)  # without bytes: it is no evidence of a rate
+        self._window = self._first_window
+
+    def _later(self, at_s: float, call: Callable[[], None], crossing: _Crossing) -> None:
+        """When acknowledgements have come, unless all is given up by then."""
+        self._clock.call(at_s, lambda: call() if self._under_way.get(crossing.token) is crossing else None)
 
     def _round(self, crossing: _Crossing) -> None:
         """A window of it, as fast as its share allows."""
@@ -220,32 +250,39 @@ class FairLink(_TcpLink):
         self._send(crossing, size)
 
     def _send(self, crossing: _Crossing, size: float) -> None:
-        self._sharing.join(size, partial(self._sent, crossing), self._link.id)
+        crossing.flow = self._sharing.join(size, partial(self._sent, crossing), self._link.id)
 
     def _sent(self, crossing: _Crossing) -> None:
         now_s: float = self._clock.now
         if crossing.left_bytes:
             acknowledged_s = crossing.round_s + self._rtt_s
             if now_s < acknowledged_s:
-                self._clock.call(acknowledged_s, partial(self._round, crossing))
+                self._later(acknowledged_s, partial(self._round, crossing), crossing)
             else:  # the rate has become the limit
                 crossing.window = math.inf
                 self._round(crossing)
         elif crossing.again:
-            self._clock.call(now_s + self._rtt_s, partial(self._send, crossing, crossing.again.pop(0)))
+            self._later(now_s + self._rtt_s, partial(self._send, crossing, crossing.again.pop(0)), crossing)
         else:
             self._end(crossing, now_s)
 
     def _end(self, crossing: _Crossing, now_s: float) -> None:
+        token = crossing.token
         self._window = max(self._window, crossing.window)
-        self._under_way -= 1
+        del self._under_way[token]
+        self._over(crossing, now_s)
+        self._left(token, now_s)
+        self._leave(token, crossing.start_s, crossing.start_s, now_s)
+        if crossing.lost:
+            token.callbacks = ()
+
+    def _over(self, crossing: _Crossing, now_s: float) -> None:
+        """Its radios go off; with the last one so does the link."""
         if not self._under_way:
             self._busy_s += now_s - self._since_s
             self._since_s = now_s
         if self._radio is not None:
             self._radio(now_s - crossing.start_s, now_s)
-        self._left(crossing.token, now_s)
-        self._leave(crossing.token, crossing.start_s, crossing.start_s, now_s)
 
     def totals(self, now_s: float) -> LinkTotals:
         busy_s = self._busy_s + (now_s - self._since_s if self._under_way else 0.0)

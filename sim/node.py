@@ -15,10 +15,10 @@ from isthmus.sim.token import Token
 class FifoNode:
     """`slots` tokens at a time. `computed` is called with each at its end; `life` counts how often the node went."""
 
-    __slots__ = ("_clock", "_computed", "_free_s", "life", "name", "slots", "up")
+    __slots__ = ("_computed", "_free_s", "_push", "_tick", "life", "name", "slots", "up")
 
     def __init__(self, clock: Clock, name: str, slots: int, computed: Callbacks) -> None:
-        self._clock, self._computed = clock, computed
+        self._push, self._tick, self._computed = clock.push, clock.tick, computed
         self.name, self.slots = name, slots
         self._free_s = [0.0] * slots  # a heap: when each slot is free again
         self.up, self.life = True, 0
@@ -33,7 +33,7 @@ class FifoNode:
         heapreplace(self._free_s, end_s)
         token.life = self.life
         token.at_s, token.callbacks = end_s, self._computed
-        self._clock.push((end_s, 1, self._clock.tick(), token))
+        self._push((end_s, 1, self._tick(), token))
 
     def go_down(self) -> None:
         """All that waits or runs is lost."""

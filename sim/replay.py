@@ -15,7 +15,7 @@ from isthmus.policies.plan import Compiled, Plan
 from isthmus.policies.records import Kind, Record
 from isthmus.sim.simulator import simulate
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.faults import NodeFault
+from isthmus.workloads.faults import Fault
 from isthmus.workloads.requests import Request
 from isthmus.workloads.testbed import Testbed
 
@@ -89,7 +89,7 @@ def replay(
     rows: Iterable[Row],
     spans: Iterable[Row],
     decisions: Iterable[Row] = (),
-    faults: Sequence[NodeFault] = (),
+    faults: Sequence[Fault] = (),
     drain_s: float = 60.0,
 ) -> None:
     """Simulate one policy and seed of a recorded run again: the same requests, plans, part and decision times.

@@ -15,22 +15,29 @@ What happens to a token, and which call does it (all are told the time, as `now`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 from isthmus.policies.contract import Policy, View, is_oracle
 from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
 from isthmus.policies.plan import Compiled, Plan
 from isthmus.policies.records import Kind, Record, Span
-from isthmus.sim.clock import Armed, Clock, few_collections
-from isthmus.sim.links import make_links
+from isthmus.sim.affliction import Losses, afflicted, check_place
+from isthmus.sim.arrivals import Arrivals
+from isthmus.sim.cell_link import CellLink
+from isthmus.sim.clock import Clock, few_collections
+from isthmus.sim.link import Carrier
+from isthmus.sim.links import link_maker
 from isthmus.sim.node import FifoNode
 from isthmus.sim.token import Token
-from isthmus.sim.wiring import Leg, Wiring
-from isthmus.workloads.errors import unknown
-from isthmus.workloads.faults import NodeFault
-from isthmus.workloads.requests import Request
+from isthmus.sim.wiring import Leg, Wired, Wiring
+from isthmus.workloads.faults import Fault, LinkFault, NodeFault
+from isthmus.workloads.requests import ClosedLoop, Request
+from isthmus.workloads.routing import NONE_DOWN, LinkId
 from isthmus.workloads.testbed import Testbed
 
 Watch = Callable[[Request, int, View, Plan], None]
@@ -50,13 +57,13 @@ class Durations(Protocol):
 
 def simulate(
     testbed: Testbed,
-    requests: Mapping[str, Iterable[Request]],
+    requests: Mapping[str, Iterable[Request] | ClosedLoop],
     policies: Mapping[str, Policy],
     sink: Callable[[Record], None],
     *,
     seed: int,
     name: str = "policy",
-    faults: Sequence[NodeFault] = (),
+    faults: Sequence[Fault] = (),
     drain_s: float = 60.0,
     durations: Durations | None = None,
     watch: Watch | None = None,
@@ -64,28 +71,36 @@ def simulate(
 ) -> None:
     """Simulate the requests of every source, each under its own policy; `sink` gets each record as it is closed.
 
-    Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. The run ends when nothing
+    Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. A closed loop is told when
+    a request has ended, and asked for the next. The run ends when nothing
     is left to happen, and at the latest `drain_s` after the last arrival; what is open then is `unfinished`.
     `durations` replaces drawn service and decision times (a real run's own, for the structural error). Without `spans`
     records have none. Raises PolicyFailure when a policy raises or plans the impossible.
     """
     for fault in faults:
-        if fault.node not in testbed.nodes:
-            raise unknown("node", fault.node, testbed.nodes, where="faults")
+        check_place(fault, testbed)
     _Simulation(testbed, requests, policies, sink, seed, name, faults, drain_s, durations, watch, spans).run()
 
 
-class Home(Armed):
-    """A source: its dispatcher, and the requests that are still to arise there. Armed for the next one."""
+class Home:
+    """A source: its dispatcher, and its closed loop if it has one."""
 
-    __slots__ = ("decide_s", "dispatcher", "estimates", "node", "request", "requests", "spans")
+    __slots__ = ("decide_s", "dispatcher", "estimates", "loop", "node", "spans", "users", "wired")
 
-    request: Request
+    wired: Wired | None
+    """The plan that it used last."""
+    users: int
+    """Of a closed loop: those that will still ask, or wait for an answer."""
 
     def __init__(
-        self, dispatcher: Dispatcher, node: FifoNode, requests: Iterator[Request], decide_s: float, spans: bool
+        self,
+        dispatcher: Dispatcher,
+        node: FifoNode,
+        loop: ClosedLoop | None,
+        decide_s: float,
+        spans: bool,
     ) -> None:
-        self.dispatcher, self.node, self.requests, self.decide_s = dispatcher, node, requests, decide_s
+        self.dispatcher, self.node, self.loop, self.decide_s, self.wired = dispatcher, node, loop, decide_s, None
         self.estimates, self.spans = dispatcher.estimates, spans or dispatcher.wants_spans
 
 
@@ -93,12 +108,12 @@ class _Simulation:
     def __init__(
         self,
         testbed: Testbed,
-        requests: Mapping[str, Iterable[Request]],
+        requests: Mapping[str, Iterable[Request] | ClosedLoop],
         policies: Mapping[str, Policy],
         sink: Callable[[Record], None],
         seed: int,
         name: str,
-        faults: Sequence[NodeFault],
+        faults: Sequence[Fault],
         drain_s: float,
         durations: Durations | None,
         watch: Watch | None,
@@ -107,33 +122,65 @@ class _Simulation:
         self.clock = Clock()
         self.testbed, self.sink, self.drain_s, self.durations, self.spans = testbed, sink, drain_s, durations, spans
         self._arrived_at, self._received_at = (self._arrived,), (self._received_later,)
-        self._answered_at, self._arrives_at = (self._answered,), (self._arrive,)
+        self._answered_at = (self._answered,)
         self.nodes = {n: FifoNode(self.clock, n, it.slots, (self._computed,)) for n, it in testbed.nodes.items()}
-        links = make_links(testbed, self.clock, seed, self._arrived_at, self._left)
-        self._wire = Wiring(testbed, self.nodes, links, seed)
+        moving = {name for name, node in testbed.nodes.items() if node.mobility is not None}
+        truth = afflicted(testbed, faults)
+        make = link_maker(truth, self.clock, seed, self._left)
+        self.links: dict[LinkId, Carrier] = {
+            i: CellLink(partial(make, link), self._arrived_at, self._reroute)
+            if moving and not moving.isdisjoint(i)
+            else make(link, self._arrived_at)
+            for i, link in truth.links.items()
+        }
+        self._cut = NONE_DOWN  # links that a fault holds up
+        self._away = dict.fromkeys(moving, NONE_DOWN)  # links to cells that do not serve a node
+        self._stranded: list[Token] = []  # messages for which there is no way now
+        self._losing = Losses(faults, seed)
+        self._wire = Wiring(testbed, self.nodes, self.links, seed)
         self._wake_s = testbed.overheads.wake_s
         compiler = Compiler(testbed)
         self._over = self.clock.event()
-        self._open = self._sources = 0
+        self._open = 0
+        open_loops: list[tuple[Home, Iterator[Request]]] = []
         self.homes: dict[str, Home] = {}
         for source, policy in policies.items():
             dispatcher = Dispatcher(source, policy, testbed, compiler, name=name, watch=watch)
             decide_s = 0.0 if is_oracle(policy) else testbed.overheads.decide_s.get(name, 0.0)
             decide_s *= testbed.nodes[source].slowdown
-            home = Home(dispatcher, self.nodes[source], iter(requests.get(source, ())), decide_s, spans)
-            self.homes[source] = home
-            self._sources += 1
-            self._await_next(home, 0.0)
+            asked = requests.get(source, ())
+            loop = asked if isinstance(asked, ClosedLoop) else None
+            home = self.homes[source] = Home(dispatcher, self.nodes[source], loop, decide_s, spans)
+            if not isinstance(asked, ClosedLoop):
+                open_loops.append((home, iter(asked)))
+        loops = [home for home in self.homes.values() if home.loop is not None]
+        self._sources = 1 + len(loops)
+        self._arrivals = Arrivals(self.clock, open_loops, self._arrive, self._exhausted)
+        self._arrivals.begin()
+        for home in loops:
+            self._begin_loop(home)
         for fault in faults:
-            self.clock.call(fault.down, partial(self._node_is, fault.node, up=False))
-            if fault.up is not None:
-                self.clock.call(fault.up, partial(self._node_is, fault.node, up=True))
+            if isinstance(fault, NodeFault):
+                self.clock.call(fault.down, partial(self._node_is, fault.node, up=False))
+                if fault.up is not None:
+                    self.clock.call(fault.up, partial(self._node_is, fault.node, up=True))
+            elif isinstance(fault, LinkFault):
+                both = frozenset((fault.link, fault.link[::-1]))
+                self.clock.call(fault.down, partial(self._link_is, both, up=False))
+                if fault.up is not None:
+                    self.clock.call(fault.up, partial(self._link_is, both, up=True))
+        for name in sorted(moving):
+            self._follow(name, testbed.handovers(name, seed))
 
     def run(self) -> None:
         try:
             if self._sources or self._open:
                 with few_collections():
                     self.clock.run(until=self._over)
+        except RuntimeError:
+            if self.clock.peek() < math.inf:
+                raise
+            # Nothing is left to happen: what is open waits for an answer that was lost.
         except KeyboardInterrupt:
             self._close_all("interrupted")
             raise
@@ -147,28 +194,50 @@ class _Simulation:
 
     # Requests come and go
 
-    def _await_next(self, home: Home, now: float) -> None:
-        request = next(home.requests, None)
-        if request is not None:
-            home.request = request
-            self.clock.arm(home, request.arrival_s, self._arrives_at)
-            return
+    def _exhausted(self, now: float) -> None:
+        """Of all open sources together, or of a closed loop, nothing more will come."""
         self._sources -= 1
         if not self._sources:
             self.clock.call(now + self.drain_s, self._stop)
 
-    def _arrive(self, home: Home) -> None:
-        now, request = home.at_s, home.request
+    def _arrive(self, home: Home, request: Request, now: float) -> None:
         self._open += 1
-        actions = home.dispatcher.arrive(request, now)
-        self._await_next(home, now)
-        self._carry_out(home, actions, now)
+        self._carry_out(home, home.dispatcher.arrive(request, now), now)
+
+    def _begin_loop(self, home: Home) -> None:
+        assert home.loop is not None
+        requests = home.loop.first()
+        home.users = len(requests)
+        for request in requests:
+            self._ask(home, request)
+        if not requests:
+            self._exhausted(0.0)
+
+    def _ask(self, home: Home, request: Request) -> None:
+        """A user of a closed loop will ask."""
+        self._open += 1  # from now on: who is thinking is not done
+        self.clock.call(request.arrival_s, partial(self._asked, home, request))
+
+    def _asked(self, home: Home, request: Request) -> None:
+        now = request.arrival_s
+        self._carry_out(home, home.dispatcher.arrive(request, now), now)
+
+    def _ask_again(self, home: Home, loop: ClosedLoop, now: float) -> None:
+        request = loop.after(now)
+        if request is not None:
+            self._ask(home, request)
+            return
+        home.users -= 1
+        if not home.users:
+            self._exhausted(now)
 
     def _carry_out(self, home: Home, actions: Sequence[Action], now: float) -> None:
         for action in actions:
             if type(action) is Start:
                 self._begin(home, action, now)
             elif type(action) is Record:
+                if home.loop is not None:
+                    self._ask_again(home, home.loop, now)
                 self._keep(action)
             else:
                 assert type(action) is Timer
@@ -196,10 +265,69 @@ class _Simulation:
         for home in self.homes.values():
             self._carry_out(home, home.dispatcher.node_is(node, up=up, now_s=now), now)
 
+    # Links come and go
+
+    def _link_is(self, links: frozenset[LinkId], *, up: bool) -> None:
+        self._cut = self._cut - links if up else self._cut | links
+        for home in self.homes.values():
+            self._tell_links(home)
+
+    def _tell_links(self, home: Home) -> None:
+        home.dispatcher.links_are(self._cut | self._away.get(home.dispatcher.source, NONE_DOWN))
+
+    def _follow(self, node: str, changes: Iterator[tuple[float, frozenset[LinkId]]]) -> None:
+        """A node moves on: wait for its next change of links."""
+        change = next(changes, None)
+        if change is not None:
+            at_s, down = change
+            self.clock.call(at_s, partial(self._moved, node, down, at_s, changes))
+
+    def _moved(
+        self,
+        node: str,
+        down: frozenset[LinkId],
+        now: float,
+        changes: Iterator[tuple[float, frozenset[LinkId]]],
+    ) -> None:
+        before, self._away[node] = self._away[node], down
+        again: list[Token] = []
+        for link in sorted(before ^ down):
+            it = self.links[link]
+            assert isinstance(it, CellLink)
+            if link in down:
+                again += it.cut(now)
+            else:
+                it.up = True
+        if node in self.homes:
+            self._tell_links(self.homes[node])
+        stranded, self._stranded = self._stranded, []
+        for token in (*again, *stranded):
+            self._reroute(token, now)
+        self._follow(node, changes)
+
+    def _reroute(self, token: Token, now: float) -> None:
+        """A message goes on from where it is by the way that there is now; where there is none, it waits."""
+        leg, hop = token.leg, token.hop
+        here, there = leg.nodes[hop].name, leg.nodes[-1].name
+        nothing = NONE_DOWN
+        down = self._cut | self._away.get(here, nothing) | self._away.get(there, nothing)
+        path = self.testbed.without(down).route(here, there)
+        links = tuple(self.links[pair] for pair in pairwise(path))
+        if any(isinstance(link, CellLink) and not link.up for link in links):
+            self._stranded.append(token)
+            return
+        own = token.home.dispatcher.source
+        nodes, tells = tuple(self.nodes[name] for name in path), tuple(name == own for name in path[:-1])
+        nth = (leg.nth[hop],) * len(links)
+        token.leg, token.hop = replace(leg, nodes=nodes, links=links, tells=tells, nth=nth), 0
+        self._enter(token, now)
+
     # One attempt
 
     def _begin(self, home: Home, start: Start, now: float) -> None:
-        wired = self._wire(start.compiled)
+        wired = home.wired
+        if wired is None or wired.compiled is not start.compiled:
+            wired = home.wired = self._wire(start.compiled)
         missing = None if wired.needs is None else list(wired.needs)
         token = Token(start, home, wired, [] if home.spans else None, missing)
         if start.decided:
@@ -238,6 +366,8 @@ class _Simulation:
         leg, hop = token.leg, token.hop
         if leg.nodes[hop].up:
             left_s = leg.links[hop].carry(token, now)
+            if self._losing and self._losing.takes(token, now):
+                leg.links[hop].lose(token)
             if token.home.estimates and left_s is not None:
                 self._left(token, left_s)
 

@@ -6,7 +6,7 @@ Knows compiled plans, and nodes and links by what they do. Holds no state of a r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from isthmus.policies.plan import Compiled, Message
 from isthmus.sim.link import Carrier
@@ -18,7 +18,8 @@ from isthmus.workloads.service import Service
 from isthmus.workloads.testbed import Testbed
 
 
-class Leg(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Leg:
     """A message: `nodes` and `links` of its path, and whether its source node sends on each link.
 
     `nth` is the how-manieth of its plan's messages it is on each link.
@@ -36,7 +37,8 @@ class Leg(NamedTuple):
     decode_s: float
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
     """A stage: its node, how long it takes, and what it sends. `constant_s` where the service does not vary."""
 
     node: FifoNode
@@ -48,7 +50,8 @@ class Step(NamedTuple):
     sends: tuple[Leg, ...]
 
 
-class Wired(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Wired:
     """A plan: its steps, what the request itself sends, and how many messages each stage waits for.
 
     `needs` is None where each waits for one: then nobody has to count.

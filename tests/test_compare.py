@@ -63,7 +63,7 @@ def run(
     with RunWriter(folder, world, spec_, testbed) as writer:
         for seed in spec_.seeds:
             for name in POLICIES:
-                sink = writer.sink(name, seed)
+                sink = writer.sink(name, seed).keep
                 policies = {"device": spec(name).make(seed)}
                 simulate(
                     testbed,

@@ -119,4 +119,4 @@ def test_what_no_emulation_has_is_refused_there(chain, more, media, field):
         return
     with pytest.raises(InputError) as caught:
         check_emulation(experiment)
-    assert f"{field}: is simulated only so far" in str(caught.value)
+    assert f"{field}: is simulated only, so far" in str(caught.value)

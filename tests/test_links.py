@@ -30,7 +30,8 @@ from isthmus.sim import simulator
 from isthmus.sim.link import Carrier, FifoLink, LinkTotals
 from isthmus.sim.links import FairLink, TcpFifoLink
 from isthmus.workloads.arrivals import Poisson
-from isthmus.workloads.faults import NodeFault
+from isthmus.workloads.faults import LostMessages, NodeFault
+from isthmus.workloads.links import Link
 from isthmus.workloads.requests import Request, Source
 from isthmus.workloads.testbed import Testbed, TestbedSpec
 from isthmus.workloads.transport import Luck, Passage, binomial, losses, packets, slow_start
@@ -56,16 +57,21 @@ def ends(records: list[Record], place: str = "device>cloud") -> list[float]:
 @pytest.fixture
 def links(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Carrier]:
     """The links of the last simulation."""
-    made: dict[Any, Carrier] = {}
+    found: dict[Any, Carrier] = {}
 
-    def make(*arguments: Any, **more: Any) -> dict[Any, Carrier]:
-        made.clear()
-        made.update(real(*arguments, **more))
+    def maker(*given: Any) -> Callable[..., Carrier]:
+        found.clear()
+        make = real(*given)
+
+        def made(link: Link, arrived: Any) -> Carrier:
+            found[link.id] = make(link, arrived)
+            return found[link.id]
+
         return made
 
-    real = simulator.make_links
-    monkeypatch.setattr(simulator, "make_links", make)
-    return made
+    real = simulator.link_maker
+    monkeypatch.setattr(simulator, "link_maker", maker)
+    return found
 
 
 # Sharing
@@ -496,6 +502,44 @@ def test_what_entered_a_link_came_out_of_it(synthetic, play, links, more):
         assert totals.busy_s == pytest.approx(wire / testbed.links[link].bottleneck.mean_bytes_per_s)
 
 
+KINDS = [{}, {"overhead": "0.001B"}, {"discipline": "fair"}, {"discipline": "fair", "slow_start": {"window": "1kB"}}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_fault_loses_takes_its_time_and_never_arrives(synthetic, play, links, kind):
+    testbed = synthetic({"device": "1s", "cloud": "1us"}, linked(**kind))
+    requests = {"device": [Request(i, "device", "chain", 10.0 * i, timeout_s=2.0) for i in range(2)]}
+    lost = LostMessages(link=("device", "cloud"), lose=1, start=5.0, end=15.0)
+    records = play(testbed, lambda: Remote("cloud"), requests, faults=[lost])
+    assert [(r.attempts, r.outcome) for r in records] == [(1, "completed"), (3, "completed")]
+    totals = links["device", "cloud"].totals(99.0)
+    assert (totals.messages, totals.busy_s) == (3, pytest.approx(3.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_link_that_goes_had_under_way_is_sent_again_by_another(synthetic, play, links, kind):
+    """Half way between two cells after 5 s. The first message has sent half by then, and the second waits or shares."""
+    nodes = {
+        "device": {"service": {"mean": "1s"}, "mobility": {"kind": "waypoints", "points": [[0, 0, 0], [10, 100, 0]]}},
+        "west": {"service": {"mean": "1s"}, "position": [0, 0]},
+        "east": {"service": {"mean": "1s"}, "position": [100, 0]},
+        "cloud": {"service": {"mean": "1us"}},
+    }
+    cells = [{"between": ["device", cell], "rate": X / 2, **kind} for cell in ("west", "east")]
+    wires = [{"between": [cell, "cloud"], "rate": 1e18} for cell in ("west", "east")]
+    testbed = synthetic(nodes, [*cells, *wires])
+    records = play(testbed, lambda: Remote("cloud"), [4.0, 4.5])
+    for record in records:
+        [before] = [s for s in record.spans if s.place == "device>west" and s.kind is Kind.SEND] or [None]
+        if before is not None:
+            assert (before.start_s, before.end_s, before.bytes) == (record.arrival_s, 5.0, None)
+    assert max(ends(records, "device>east")) == pytest.approx(9.0)
+    assert [s.start_s for s in spans(records, "device>east", Kind.WAIT)] == [5.0] * ("discipline" not in kind)
+    west, east = (links["device", cell].totals(99.0) for cell in ("west", "east"))
+    assert (west.busy_s, east.busy_s) == (pytest.approx(1.0), pytest.approx(4.0))
+    assert [r.outcome for r in records] == ["completed"] * 2
+
+
 class Cell:
     """A battery that remembers."""
 
@@ -516,8 +560,8 @@ def test_radios_drain_the_batteries_at_both_ends_while_bytes_flow(synthetic, pla
     }
     testbed = synthetic(nodes, linked(latency=0.5, jitter=0.25, discipline=discipline))
     cells: Mapping[str, Cell] = {"device": Cell()}
-    real: Callable[..., Any] = simulator.make_links
-    monkeypatch.setattr(simulator, "make_links", lambda *given: real(*given, batteries=cells))
+    real: Callable[..., Any] = simulator.link_maker
+    monkeypatch.setattr(simulator, "link_maker", lambda *given: real(*given, batteries=cells))
     records = play(testbed, lambda: Remote("cloud"), [0.0])
     came_s = spans(records, "cloud>device")[0].start_s
     answer_s = ANSWER / X

@@ -46,7 +46,9 @@ def run(folder: Path, world: str, *, noise: int = 0, changing: bool = False) -> 
     with RunWriter(folder, world, experiment, testbed, oracles=["oracle"]) as writer:
         for policy in map(spec, policies):
             made = {"device": policy.make(1)}
-            simulate(testbed, experiment.draw(1), made, writer.sink(policy.label, 1), seed=1 + noise, name=policy.label)
+            simulate(
+                testbed, experiment.draw(1), made, writer.sink(policy.label, 1).keep, seed=1 + noise, name=policy.label
+            )
     return Run.load(folder)
 
 

@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         for seed in experiment.seeds:
             for name in ("local", "remote"):
                 made = {"device": spec(name).make(seed)}
-                requests, sink = experiment.draw(seed), writer.sink(name, seed)
+                requests, sink = experiment.draw(seed), writer.sink(name, seed).keep
                 simulate(testbed, requests, made, sink, seed=seed, name=name, faults=experiment.faults)
     return Run.load(folder)
 

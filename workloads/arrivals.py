@@ -218,7 +218,7 @@ class Closed(_Process):
 
     kind: Literal["closed"] = "closed"
     users: int = Field(ge=1)
-    think: Seconds = Field(description="mean time between an answer and the same user's next request")
+    think: Seconds = Field(gt=0, description="mean time between an answer and the same user's next request")
     distribution: Literal["exponential", "constant"] = "exponential"
 
     def think_s(self, generator: np.random.Generator) -> Iterator[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError, unknown
-from isthmus.workloads.faults import NodeFault
-from isthmus.workloads.requests import Request, Source
+from isthmus.workloads.faults import Fault, FaultSpec, NodeFault, draw_faults, places
+from isthmus.workloads.requests import ClosedLoop, Request, Source
+from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import TestbedSpec
 from isthmus.workloads.units import Seconds
 
@@ -27,7 +28,7 @@ class ExperimentSpec(BaseModel):
     workload: tuple[Source, ...] = Field(min_length=1)
     policies: tuple[str | dict[str, dict[str, Any]], ...] = Field(min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(1,), min_length=1)
-    faults: tuple[NodeFault, ...] = ()
+    faults: tuple[FaultSpec, ...] = ()
     drain: Seconds = Field(default=60.0, description="how long after the last arrival answers are waited for")
 
     @classmethod
@@ -67,14 +68,32 @@ class ExperimentSpec(BaseModel):
                 raise InputError("never ends", where=field, allowed="`requests` or `duration`")
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError("a seed is given twice", where=f"{where or self.name}: seeds")
-        known = {member for name in self.testbed.nodes for member in self.testbed.members(name)}
         for number, fault in enumerate(self.faults):
             field = f"{where or self.name}: faults[{number}]"
-            if fault.node not in known:
-                raise unknown("node", fault.node, self.testbed.nodes, where=f"{field}.node")
+            try:
+                if not places(fault, self.testbed.members, self._links):
+                    raise InputError("there is no such link", where=f"{field}.link")
+            except KeyError as error:
+                at = "link" if getattr(fault, "link", None) else "node"
+                raise unknown("node", error.args[0], self.testbed.nodes, where=f"{field}.{at}") from None
             for other in self.faults[:number]:
-                if fault.overlaps(other):
+                if isinstance(fault, NodeFault) and isinstance(other, NodeFault) and fault.overlaps(other):
                     raise InputError(f"node {fault.node!r} is down already at that time", where=field)
+
+    @cached_property
+    def _links(self) -> frozenset[LinkId]:
+        assert isinstance(self.testbed, TestbedSpec)
+        pairs = {pair for link in self.testbed.links for pair in self.testbed.pairs(link)}
+        return frozenset(pairs | {(b, a) for a, b in pairs})
+
+    def draw_faults(self, seed: int) -> list[Fault]:
+        """What goes wrong in one run, in order of time: the same for every policy.
+
+        What recurs is drawn up to half as long again as the workload is expected to last.
+        """
+        assert isinstance(self.testbed, TestbedSpec)
+        until_s = 1.5 * max(source.expected_s for source in self.sources.values()) + self.drain
+        return draw_faults(self.faults, self.testbed.members, self._links, seed, until_s)
 
     @cached_property
     def sources(self) -> Mapping[str, Source]:
@@ -89,3 +108,15 @@ class ExperimentSpec(BaseModel):
     def draw(self, seed: int) -> Mapping[str, list[Request]]:
         """The requests of every source. The same seed gives the same requests, whatever the policy."""
         return {node: source.draw(seed) for node, source in self.sources.items()}
+
+    def arrive(self, seed: int) -> Mapping[str, Iterator[Request] | ClosedLoop]:
+        """The same, drawn one by one as they are taken; and closed loops, for a simulation."""
+        return {
+            node: source.loop(seed) if source.arrivals.closed else source.arrive(seed)
+            for node, source in self.sources.items()
+        }
+
+    @property
+    def expected_requests(self) -> int:
+        """About how many requests one run will have, for progress."""
+        return sum(source.expected for source in self.sources.values())

@@ -66,7 +66,8 @@ class LinkSpec(_Spec):
     """A link between two nodes. `back` is the second node to the first; what it leaves out is as on the way there.
 
     Between a group and a node there is one link per member, between two groups members are dealt out evenly: each of
-    the larger group has one link. A rate that is drawn is drawn for each of them and for each direction.
+    the larger group has one link. What moves has a link to each, of which one at a time is up. A rate that is drawn is
+    drawn for each of them and for each direction.
     """
 
     between: tuple[str, str]

@@ -44,11 +44,37 @@ class Source(BaseModel):
     deadline: Seconds | None = Field(default=None, description="from arrival; a later answer counts as late")
     timeout: Seconds | None = Field(default=None, description="from the start of an attempt; then it has failed")
 
+    @property
+    def expected_s(self) -> float:
+        """About when its last request will come; of a closed loop, if answers come at once."""
+        arrivals = self.arrivals
+        if isinstance(arrivals, Replay):
+            return max(arrivals.times or (0.0,))
+        rate = arrivals.users / arrivals.think if isinstance(arrivals, Closed) else arrivals.rate
+        by_number = math.inf if self.requests is None else self.requests / rate
+        return min(by_number, math.inf if self.duration is None else self.duration)
+
     def resolved(self, folder: Path) -> Source:
         """With what its files say in their place. `folder` is what relative paths start from."""
         if not isinstance(self.arrivals, Replay):
             return self
         return self.model_copy(update={"arrivals": self.arrivals.resolved(folder)})
+
+    @property
+    def expected(self) -> int:
+        """About how many requests a run will have; of a closed loop, as many as if answers came at once."""
+        arrivals, counts = self.arrivals, [] if self.requests is None else [self.requests]
+        if isinstance(arrivals, Replay):
+            counts.append(len(arrivals.times or ()))
+        elif self.duration is not None:
+            rate = arrivals.users / arrivals.think if isinstance(arrivals, Closed) else arrivals.rate
+            counts.append(round(self.duration * rate))
+        return min(counts)
+
+    def loop(self, seed: int) -> ClosedLoop:
+        """The requests of a closed loop, which only a run can ask for."""
+        assert isinstance(self.arrivals, Closed)
+        return ClosedLoop(self, self.arrivals, self.arrivals.think_s(stream(seed, self.node, "arrivals")))
 
     def draw(self, seed: int) -> list[Request]:
         """The requests of one run, in order of arrival. The same seed gives the same requests under every policy."""
@@ -76,3 +102,25 @@ class Source(BaseModel):
                 return
             deadline_s = None if deadline is None else now_s + deadline
             yield make(Request, (number, node, model, now_s, deadline_s, timeout))
+
+
+class ClosedLoop:
+    """The users of one source. Each has a request under way or is thinking."""
+
+    def __init__(self, source: Source, arrivals: Closed, think_s: Iterator[float]) -> None:
+        self._source, self._users, self._think_s = source, arrivals.users, think_s
+        self._number = 0
+
+    def first(self) -> list[Request]:
+        """What the users ask first."""
+        return [request for _ in range(self._users) if (request := self.after(0.0)) is not None]
+
+    def after(self, now_s: float) -> Request | None:
+        """What a user asks next whose request has ended now, however it did; None where the source has stopped."""
+        source, number = self._source, self._number
+        arrival_s = now_s + next(self._think_s)
+        if number == source.requests or (source.duration is not None and arrival_s > source.duration):
+            return None
+        self._number += 1
+        deadline_s = None if source.deadline is None else arrival_s + source.deadline
+        return Request(number, source.node, source.model, arrival_s, deadline_s, source.timeout)

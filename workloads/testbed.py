@@ -6,10 +6,11 @@ uses: models loaded, profiles found and checked, links in both directions, route
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ from isthmus.workloads.links import (
     way_back,
     with_files,
 )
+from isthmus.workloads.mobility import Mobility, Position, Positions, RandomWaypoint, Waypoints, serving
 from isthmus.workloads.model import Model, load_model
 from isthmus.workloads.overheads import Overheads
 from isthmus.workloads.profile import Profile
@@ -78,6 +80,8 @@ class NodeSpec(_Spec):
     slots: int = Field(default=1, ge=1, description="requests that it computes at the same time")
     power: Power = Power()
     price: Price = Price()
+    position: Position | None = Field(default=None, description="[x, y] in metres, of a cell that serves what moves")
+    mobility: Mobility | None = Field(default=None, description="it moves, and is linked to the nearest cell only")
 
     @model_validator(mode="after")
     def _one_source_of_times(self) -> NodeSpec:
@@ -113,6 +117,8 @@ class TestbedSpec(_Spec):
     def pairs(self, link: LinkSpec) -> list[LinkId]:
         """The links that one entry stands for, as (first, second) node."""
         first, second = (self.members(name) for name in link.between)
+        if any(name in self.nodes and self.nodes[name].mobility is not None for name in link.between):
+            return list(product(first, second))
         many = max(len(first), len(second))
         return [(first[i * len(first) // many], second[i * len(second) // many]) for i in range(many)]
 
@@ -125,14 +131,22 @@ class TestbedSpec(_Spec):
 
     @property
     def traces(self) -> list[str]:
-        """The files of its links: of rates and of delays."""
-        return list(dict.fromkeys(file for spec in (*self.links, *self.media.values()) for file in files(spec)))
+        """The files with rates and delays of its links, and with positions of its nodes."""
+        links = (file for spec in (*self.links, *self.media.values()) for file in files(spec))
+        paths = (node.mobility for node in self.nodes.values())
+        return list(dict.fromkeys((*links, *(it.file for it in paths if isinstance(it, Positions)))))
 
     def with_traces(self, name: Callable[[str], str]) -> TestbedSpec:
-        """The same testbed with the files of its links under other names."""
+        """The same testbed with its trace files under other names."""
         links = tuple(with_files(link, name) for link in self.links)
         media = {medium: with_files(spec, name) for medium, spec in self.media.items()}
-        return self.model_copy(update={"links": links, "media": media})
+        nodes = {
+            n: node.model_copy(update={"mobility": node.mobility.model_copy(update={"file": name(node.mobility.file)})})
+            if isinstance(node.mobility, Positions)
+            else node
+            for n, node in self.nodes.items()
+        }
+        return self.model_copy(update={"links": links, "media": media, "nodes": nodes})
 
     def moved(self, way: Path, folder: Path) -> TestbedSpec:
         """As it reads in `folder`, when its own folder is `way` from there: profiles, traces, and models in files."""
@@ -151,6 +165,8 @@ class Node:
     price: Price
     slowdown: float
     """How many times slower than this machine an emulation of the node is; 1 for synthetic service times."""
+    position: Position | None = None
+    mobility: Waypoints | RandomWaypoint | None = None
 
 
 @dataclass(frozen=True)
@@ -206,7 +222,8 @@ class Testbed:
             for member in spec.members(name):
                 if member in nodes:
                     raise InputError(f"there are two nodes {member!r}", where=f"{where or spec.name}: nodes.{name}")
-                nodes[member] = Node(member, serves, s.slots, s.power, s.price, s.slowdown)
+                path = s.mobility.read(folder, member) if isinstance(s.mobility, Positions) else s.mobility
+                nodes[member] = Node(member, serves, s.slots, s.power, s.price, s.slowdown, s.position, path)
         links = realise_links(spec, folder=folder, where=where, seed=seed)
         services: dict[tuple[str, str], Service] = {}
         store = folder / spec.profiles
@@ -294,7 +311,30 @@ class Testbed:
 
     @cached_property
     def routes(self) -> Routes:
-        return Routes(self.nodes, {i: link.latency_s for i, link in self.links.items()}, frozenset())
+        ends = frozenset(name for name, node in self.nodes.items() if node.mobility is not None)
+        return Routes(self.nodes, {i: link.latency_s for i, link in self.links.items()}, ends)
+
+    def handovers(self, node: str, seed: int) -> Iterator[tuple[float, frozenset[LinkId]]]:
+        """For a node that moves: when which of its links are down, from time 0 on.
+
+        Up are the links to the nearest cell and to what has no position; none to a cell while it is handed over.
+        """
+        mobility = self.nodes[node].mobility
+        assert mobility is not None
+        cells = [b for a, b in self.links if a == node and self.nodes[b].position is not None]
+        if not cells:
+            return
+        at = [position for cell in cells if (position := self.nodes[cell].position) is not None]
+        away = {cell: frozenset(((node, cell), (cell, node))) for cell in cells}
+        everywhere = frozenset[LinkId]().union(*away.values())
+        changes = serving(mobility.path(stream(seed, node, "mobility")), at)
+        (_, cell), ready_s = next(changes), 0.0
+        for then_s, other in chain(changes, [(math.inf, cell)]):
+            if ready_s < then_s:  # else it moved on before it was connected
+                yield ready_s, everywhere - away[cells[cell]]
+            if then_s < math.inf and mobility.handover:
+                yield then_s, everywhere
+            ready_s, cell = then_s + mobility.handover, other
 
     def without(self, down: frozenset[LinkId]) -> Testbed:
         """The same testbed while these links are down: routes lead around them."""

@@ -1,0 +1,193 @@
+"""How fast the simulator is: beside plain SimPy on the same work, and over the number of devices.
+
+The work: devices that ask at Poisson times, each over a link of its own to one server (50 × 2 requests/s, 100 kB over
+10 Mbit/s FIFO, a FIFO server of 5 ms, policy `remote`). Ours goes through everything that `isthmus simulate` does, and
+writes its tables. The plain way is what a SimPy user writes first (sim/plain.py), and records nothing. CPU seconds of
+this process, each way in turn, medians.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import psutil
+from onnx import TensorProto, helper
+
+from isthmus.experiments import execute
+from isthmus.experiments.execute import Experiment
+from isthmus.experiments.run_folder import Run
+from isthmus.sim.plain import plain_simpy
+from isthmus.workloads.progress import Progress
+
+DEVICES, RATE_PER_S, LINK_BYTES_PER_S, SERVICE_S = 50, 2.0, 10e6 / 8, 5e-3
+_INPUT_BYTES, _OUTPUT_BYTES = 100_000, 40
+
+
+def bench_sim(
+    *, requests: int = 100_000, repeats: int = 5, long: int = 2_000_000, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Requests per CPU second of ours and of plain SimPy, and how memory grows over a run of `long` requests.
+
+    `requests` are those of one measurement. Ratios are medians of ratios within one repeat.
+    """
+    per_device = max(requests // DEVICES, 1)
+    up_s, back_s = _INPUT_BYTES / LINK_BYTES_PER_S, _OUTPUT_BYTES / LINK_BYTES_PER_S
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = canonical(Path(folder), DEVICES, per_device)
+
+        def plain(back_s: float | None) -> float:
+            return plain_simpy(
+                devices=DEVICES, rate_per_s=RATE_PER_S, requests=per_device,
+                up_s=up_s, service_s=SERVICE_S, back_s=back_s,
+            )  # fmt: skip
+
+        def ours(*, spans: bool) -> float:
+            return mean_latency_s(execute.simulate(experiment, Path(folder) / "run", spans=spans, replace=True))
+
+        ways: dict[str, Callable[[], float]] = {
+            "simpy": lambda: plain(back_s),
+            "simpy_one_way": lambda: plain(None),
+            "ours": lambda: ours(spans=True),
+            "ours_without_spans": lambda: ours(spans=False),
+        }
+        per_s: dict[str, list[float]] = {name: [] for name in ways}
+        mean_s: dict[str, float] = {}
+        for repeat in range(repeats):
+            for number, (name, way) in enumerate(ways.items()):
+                if progress is not None:
+                    progress(repeat * len(ways) + number, repeats * len(ways) + 1, name.replace("_", " "))
+                began = time.process_time()
+                mean_s[name] = way()
+                per_s[name].append(per_device * DEVICES / (time.process_time() - began))
+        if progress is not None:
+            progress(repeats * len(ways), repeats * len(ways) + 1, f"memory over {long} requests")
+        growth = rss_growth_bytes(Path(folder), long)
+
+    def ratio(ours: str, theirs: str) -> float:
+        return statistics.median(a / b for a, b in zip(per_s[ours], per_s[theirs], strict=True))
+
+    return {
+        "requests": per_device * DEVICES,
+        "repeats": repeats,
+        "requests_per_cpu_s": statistics.median(per_s["ours"]),
+        "requests_per_cpu_s_without_spans": statistics.median(per_s["ours_without_spans"]),
+        "simpy_requests_per_cpu_s": statistics.median(per_s["simpy"]),
+        "simpy_one_way_requests_per_cpu_s": statistics.median(per_s["simpy_one_way"]),
+        "ratio": ratio("ours", "simpy"),
+        "ratio_without_spans": ratio("ours_without_spans", "simpy"),
+        "ratio_to_one_way": ratio("ours", "simpy_one_way"),
+        "ratio_to_one_way_without_spans": ratio("ours_without_spans", "simpy_one_way"),
+        "mean_latency_s": mean_s["ours"],
+        "simpy_mean_latency_s": mean_s["simpy"],
+        "theory_s": theory_s(),
+        "long_requests": long,
+        "rss_growth_bytes": growth,
+    }
+
+
+def theory_s() -> float:
+    """Mean latency: M/D/1 at the uplink, M/D/1 at the server as if its arrivals were Poisson, and the way back.
+
+    What leaves fifty lightly loaded queues is nearly Poisson; that is the approximation. Pollaczek and Khinchine: a
+    wait of ρ·S / (2(1 − ρ)).
+    """
+    up_s = _INPUT_BYTES / LINK_BYTES_PER_S
+    waits = 0.0
+    for rate, service in ((RATE_PER_S, up_s), (RATE_PER_S * DEVICES, SERVICE_S)):
+        load = rate * service
+        waits += load * service / (2 * (1 - load))
+    return waits + up_s + SERVICE_S + _OUTPUT_BYTES / LINK_BYTES_PER_S
+
+
+def bench_scale(
+    *, devices: tuple[int, ...] = (10, 100, 1_000, 10_000, 100_000), requests: int = 2_000_000,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One row per number of devices, about `requests` each: CPU microseconds per request, set-up included, and memory.
+
+    Every hundred devices have a server of their own, so that load per server is the same at any size.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, count in enumerate(devices):
+        if progress is not None:
+            progress(number, len(devices), f"{count} devices")
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.process_time()
+            experiment = canonical(Path(folder), count, max(requests // count, 1), servers=max(count // DEVICES, 1))
+            before = psutil.Process().memory_info().rss
+            run = execute.simulate(experiment, Path(folder) / "run")
+            made = int(run.summary()["requests"].sum())
+            rows.append(
+                {
+                    "devices": count,
+                    "requests": made,
+                    "cpu_us_per_request": 1e6 * (time.process_time() - began) / made,
+                    "rss_growth_bytes": psutil.Process().memory_info().rss - before,
+                }
+            )
+    return rows
+
+
+def canonical(folder: Path, devices: int, requests: int, *, servers: int = 1) -> Experiment:
+    """The workload as an experiment; `requests` are per device."""
+    _save_model(folder / "pool.onnx")
+    return Experiment.of(
+        {
+            "name": "canonical",
+            "testbed": {
+                "models": {"pool": "pool.onnx"},
+                "nodes": {
+                    "device": {"service": {"mean": "1s"}, "count": devices},
+                    "server": {"service": {"mean": SERVICE_S}, "count": servers, "serves": True},
+                },
+                "links": [{"between": ["device", "server"], "rate": LINK_BYTES_PER_S}],
+            },
+            "workload": [
+                {
+                    "node": "device",
+                    "model": "pool",
+                    "arrivals": {"kind": "poisson", "rate": RATE_PER_S},
+                    "requests": requests,
+                }
+            ],
+            "policies": ["remote"],
+        },
+        folder,
+    )
+
+
+def mean_latency_s(run: Run) -> float:
+    return float(run.requests["latency_s"].mean())
+
+
+def rss_growth_bytes(folder: Path, requests: int) -> int:
+    """How much more memory this process holds at the end of a run than after its first hundred thousand requests."""
+    process, early = psutil.Process(), min(100_000, requests // 2)
+    seen: list[int] = []
+
+    def look(done: int, total: int, text: str) -> None:
+        if done >= early:
+            seen.append(process.memory_info().rss)
+
+    execute.simulate(
+        canonical(folder, DEVICES, max(requests // DEVICES, 1)), folder / "long", replace=True, progress=look
+    )
+    return max(seen) - seen[0]
+
+
+def _save_model(path: Path) -> None:
+    """The least that takes 100 kB and gives 40 bytes: a server's time is given, not computed."""
+    shape = [1, 10, 50, 50]
+    graph = helper.make_graph(
+        [helper.make_node("GlobalAveragePool", ["x"], ["y"])],
+        "pool",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 10, 1, 1])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
