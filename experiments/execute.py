@@ -247,6 +247,14 @@ def check_emulation(experiment: Experiment) -> list[str]:
     from isthmus.real.profiler import this_machine
 
     here, said = this_machine("host"), []
+    for number, described in enumerate(experiment.testbed_spec.links):
+        for (ways, _), way in zip(experiment.testbed_spec.directed(described), ("", "back."), strict=True):
+            if features := experiment.testbed.links[ways[0]].features:
+                raise InputError(
+                    "is simulated only, so far",
+                    where=f"{experiment.where}: links[{number}].{way}{features[0]}",
+                    allowed="in emulation a link has a rate and a latency",
+                )
     for number, fault in enumerate(experiment.spec.faults):
         if not isinstance(fault, NodeFault) and not (isinstance(fault, Recurring) and fault.node and not fault.slower):
             raise InputError(

@@ -78,7 +78,8 @@ def predict(compiled: Compiled, view: View) -> list[Span]:
         link = message.links[number]
         place = f"{link[0]}>{link[1]}"
         start = max(now, link_free[link])
-        left = link_free[link] = start + message.wire_bytes / view.links[link].rate_bytes_per_s
+        wire = message.wire_bytes + testbed.links[link].overhead_bytes
+        left = link_free[link] = start + wire / view.links[link].rate_bytes_per_s
         arrived = left + testbed.links[link].latency_s
         took(Kind.WAIT, place, now, start, message.source)
         took(Kind.SEND, place, start, arrived, message.source, message.wire_bytes)
@@ -181,7 +182,7 @@ class Splits:
 
     def latency_s(self, view: View, *, queues: bool = True, finish: Finish | None = None) -> Floats:
         """Predicted seconds of every split, (n,). Without `queues` nothing waits; `finish` replaces believed rates."""
-        links, latency = view.links, {i: link.latency_s for i, link in view.testbed.links.items()}
+        links, known = view.links, view.testbed.links
 
         def believed(link: LinkId, start: Floats, size: Floats) -> Floats:
             return np.asarray(start + size / links[link].rate_bytes_per_s)
@@ -194,7 +195,8 @@ class Splits:
             if queues and links[link].queued_bytes:
                 free = end(link, np.zeros(1), np.full(1, links[link].queued_bytes))
                 start = np.maximum(now, free)
-            return np.where(size > 0, end(link, start, size) + latency[link], now)
+            left = end(link, start, size + known[link].overhead_bytes)
+            return np.where(size > 0, left + known[link].latency_s, now)
 
         for i, node in enumerate(self.route):
             seconds = self.compute_s[:, i]
@@ -213,8 +215,9 @@ class Splits:
         energy = power.busy * self.compute_s[:, 0]
         if self.links:
             a, b = self.links[0]
-            energy = energy + power.tx * self.there_bytes[:, 0] / view.links[a, b].rate_bytes_per_s
-            energy = energy + power.rx * self.back_bytes[:, 0] / view.links[b, a].rate_bytes_per_s
+            for way, watts, size in (((a, b), power.tx, self.there_bytes), ((b, a), power.rx, self.back_bytes)):
+                wire = size[:, 0] + view.testbed.links[way].overhead_bytes * (size[:, 0] > 0)
+                energy = energy + watts * wire / view.links[way].rate_bytes_per_s
         return np.asarray(energy)
 
     def uses(self, view: View) -> npt.NDArray[np.bool_]:

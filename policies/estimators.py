@@ -136,10 +136,12 @@ class Estimators:
                 self._saw(span.place, now_s)
             elif span.kind is Kind.SEND and span.bytes:
                 a, _, b = span.place.partition(">")
-                flowing_s = span.end_s - span.start_s - self._known.links[a, b].latency_s
+                known = self._known.links[a, b]
+                flowing_s = span.end_s - span.start_s - known.latency_s
                 if flowing_s > 0:
                     state = self._links.get((a, b)) or self._fresh((a, b))
-                    rate = self._rate((a, b), state, now_s) * (1 - GAIN) + GAIN * span.bytes / flowing_s
+                    seen = (span.bytes + known.overhead_bytes) / flowing_s
+                    rate = self._rate((a, b), state, now_s) * (1 - GAIN) + GAIN * seen
                     self._links[a, b] = _Link(rate, now_s, state.queued_bytes)
 
     def node_is(self, node: str, *, up: bool, now_s: float) -> None:

@@ -9,30 +9,41 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from isthmus.policies.records import Kind
-from isthmus.sim.clock import Callbacks, Clock
-from isthmus.sim.link import FifoLink
+from isthmus.sim.clock import Callbacks
+from isthmus.sim.link import Carrier, LinkTotals
 from isthmus.sim.token import Token
-from isthmus.workloads.testbed import Link
 
 
 class CellLink:
-    """`reroute` is told of tokens that cannot go this way, with the time."""
+    """`make` makes the link that carries; `reroute` is told of tokens that cannot go this way, with the time."""
 
     __slots__ = ("_arrived", "_inner", "_reroute", "_riders", "place", "up")
 
-    def __init__(self, clock: Clock, link: Link, arrived: Callbacks, reroute: Callable[[Token, float], None]) -> None:
-        self._inner = FifoLink(clock, link, (self._over,))
+    def __init__(
+        self, make: Callable[[Callbacks], Carrier], arrived: Callbacks, reroute: Callable[[Token, float], None]
+    ) -> None:
+        self._inner = make((self._over,))
         self._arrived, self._reroute = arrived, reroute
         self._riders: dict[Token, None] = {}  # in the order in which they came
         self.place, self.up = self._inner.place, True
 
-    def carry(self, token: Token, now_s: float) -> float:
-        """A message enters; the time at which its last byte leaves, if nothing comes between."""
+    def carry(self, token: Token, now_s: float) -> float | None:
+        """A message enters; the time at which its last byte leaves, if that is known and nothing comes between."""
         if not self.up:
             self._reroute(token, now_s)
             return now_s
         self._riders[token] = None
         return self._inner.carry(token, now_s)
+
+    def lose(self, token: Token) -> None:
+        self._riders.pop(token, None)
+        self._inner.lose(token)
+
+    def reset(self, now_s: float) -> None:
+        self._inner.reset(now_s)
+
+    def totals(self, now_s: float) -> LinkTotals:
+        return self._inner.totals(now_s)
 
     def cut(self, now_s: float) -> list[Token]:
         """The node has moved on. What was under way, as if it had not set out."""

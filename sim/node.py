@@ -36,9 +36,9 @@ class NodeTotals(NamedTuple):
     rented_s: float | None
     """Slots, from when they were ordered; None of a node that does not scale."""
     money_usd: float | None
-    """The time that it worked, or that its slots were rented, at its price. What its bytes cost is its links'."""
+    """The time that it worked, or that its slots were rented, and the bytes that left it, at its prices."""
     energy_j: float | None
-    """Idling, computing, and what its links told it of its radio."""
+    """Idling, computing, and its radio."""
     battery_left_j: float | None
 
 
@@ -49,12 +49,11 @@ class Refuse(Protocol):
 class Place:
     """What every node is. `life` counts how often it went: what carries another number was lost.
 
-    `served` and `waited_s` are counted by the simulator, which is told of each token that ends; a link that knows the
-    energy of its messages tells `radio`.
+    `served` and `waited_s` are counted by the simulator, which is told of each token that ends.
     """
 
     __slots__ = (
-        "_clock", "_node", "_since_s", "_up_s", "aside_s", "battery", "life", "memory", "name", "radio_j", "refused",
+        "_clock", "_node", "_since_s", "_up_s", "aside_s", "battery", "life", "memory", "name", "refused",
         "served", "slots", "up", "waited_s",
     )  # fmt: skip
 
@@ -64,7 +63,7 @@ class Place:
         self.up, self.life = True, 0
         self._since_s = self._up_s = 0.0
         self.served = self.refused = 0
-        self.waited_s = self.aside_s = self.radio_j = 0.0
+        self.waited_s = self.aside_s = 0.0
         self.battery: Battery | None = None
         self.memory: Memory | None = None
 
@@ -93,12 +92,6 @@ class Place:
         if life == self.life and self.battery is not None:
             self.battery.busy(-1, now_s)
 
-    def radio(self, joules: float, now_s: float) -> None:
-        """It sent or received something."""
-        self.radio_j += joules
-        if self.battery is not None:
-            self.battery.drain(joules, now_s)
-
     def go_down(self, now_s: float) -> None:
         """All that waits or runs, and all that was loaded, is lost."""
         self.life += 1
@@ -116,9 +109,11 @@ class Place:
             if self.battery is not None:
                 self.battery.switch(True, now_s)
 
-    def totals(self, now_s: float) -> NodeTotals:
+    def totals(self, now_s: float, *, radio_j: float, sent_bytes: int) -> NodeTotals:
+        """Until now; its links know what its radio took, and the bytes that left it."""
         node, memory, battery = self._node, self.memory, self.battery
-        power, price = node.power, node.price.per_s
+        power, price = node.power, node.price
+        money_usd = None
         up_s = self._up_s + (now_s - self._since_s if self.up else 0.0)
         busy_s, rented_s = self.busy_s(now_s), self.rented_s(now_s)
         left_j = energy_j = None
@@ -126,7 +121,10 @@ class Place:
             left_j = battery.left_j(now_s)
             energy_j = battery.capacity_j - left_j
         elif any((power.idle, power.busy, power.tx, power.rx)):
-            energy_j = power.idle * up_s + power.busy * (busy_s + self.aside_s) + self.radio_j
+            energy_j = power.idle * up_s + power.busy * (busy_s + self.aside_s) + radio_j
+        if price.per_s or price.per_byte:
+            paid_s = busy_s + self.aside_s if rented_s is None else rented_s
+            money_usd = price.per_s * paid_s + price.per_byte * sent_bytes
         return NodeTotals(
             node=self.name,
             served=self.served,
@@ -138,7 +136,7 @@ class Place:
             loads=0 if memory is None else memory.loads,
             evictions=0 if memory is None else memory.evictions,
             rented_s=rented_s,
-            money_usd=price * (busy_s + self.aside_s if rented_s is None else rented_s) if price else None,
+            money_usd=money_usd,
             energy_j=energy_j,
             battery_left_j=left_j,
         )

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from isthmus.policies.contract import Policy, View, is_oracle
 from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
@@ -30,7 +30,8 @@ from isthmus.sim.affliction import Losses, afflicted, check_place
 from isthmus.sim.arrivals import Arrivals
 from isthmus.sim.cell_link import CellLink
 from isthmus.sim.clock import Clock, few_collections
-from isthmus.sim.link import FifoLink
+from isthmus.sim.link import Carrier, LinkTotals
+from isthmus.sim.links import link_maker
 from isthmus.sim.node import NodeTotals, Place
 from isthmus.sim.nodes import make_node
 from isthmus.sim.token import Token
@@ -55,6 +56,13 @@ class Durations(Protocol):
     def compute_s(self, request: Request, attempt: int, stage: int, compiled: Compiled) -> float: ...
 
 
+class Totals(NamedTuple):
+    """What every node and every link did in a run."""
+
+    nodes: list[NodeTotals]
+    links: list[LinkTotals]
+
+
 def simulate(
     testbed: Testbed,
     requests: Mapping[str, Iterable[Request] | ClosedLoop],
@@ -68,12 +76,12 @@ def simulate(
     durations: Durations | None = None,
     watch: Watch | None = None,
     spans: bool = True,
-) -> list[NodeTotals]:
+) -> Totals:
     """Simulate the requests of every source, each under its own policy; `sink` gets each record as it is closed.
 
     Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. A closed loop is told when
     a request has ended, and asked for the next. The run ends when nothing is left to happen, and at the latest
-    `drain_s` after the last arrival; what is open then is `unfinished`. Returned is what every node did in all.
+    `drain_s` after the last arrival; what is open then is `unfinished`. Returned is what every node and link did.
     `durations` replaces drawn service and decision times (a real run's own, for the structural error). Without `spans`
     records have none. Raises PolicyFailure when a policy raises or plans the impossible.
     """
@@ -81,7 +89,7 @@ def simulate(
         check_place(fault, testbed)
     run = _Simulation(testbed, requests, policies, sink, seed, name, faults, drain_s, durations, watch, spans)
     run.run()
-    return [node.totals(float(run.clock.now)) for node in run.nodes.values()]
+    return run.totals()
 
 
 class Home:
@@ -132,10 +140,12 @@ class _Simulation:
             for n, it in world.nodes.items()
         }
         moving = {name for name, node in testbed.nodes.items() if node.mobility is not None}
-        self.links: dict[LinkId, FifoLink | CellLink] = {
-            i: CellLink(self.clock, link, self._arrived_at, self._reroute)
+        batteries = {n: node.battery for n, node in self.nodes.items() if node.battery is not None}
+        make = link_maker(world, self.clock, seed, self._left, batteries)
+        self.links: dict[LinkId, Carrier] = {
+            i: CellLink(partial(make, link), self._arrived_at, self._reroute)
             if moving and not moving.isdisjoint(i)
-            else FifoLink(self.clock, link, self._arrived_at)
+            else make(link, self._arrived_at)
             for i, link in world.links.items()
         }
         self._cut = NONE_DOWN  # links that a fault holds up
@@ -190,6 +200,17 @@ class _Simulation:
             self._close_all("interrupted")
             raise
         self._close_all("run ended")
+
+    def totals(self) -> Totals:
+        now = float(self.clock.now)
+        links = {i: link.totals(now) for i, link in self.links.items()}
+        radio_j, sent = dict.fromkeys(self.nodes, 0.0), dict.fromkeys(self.nodes, 0)
+        for (a, b), link in links.items():
+            radio_j[a] += self.testbed.nodes[a].power.tx * link.air_s
+            radio_j[b] += self.testbed.nodes[b].power.rx * link.air_s
+            sent[a] += link.bytes
+        nodes = [node.totals(now, radio_j=radio_j[n], sent_bytes=sent[n]) for n, node in self.nodes.items()]
+        return Totals(nodes, list(links.values()))
 
     def _close_all(self, reason: str) -> None:
         for home in self.homes.values():
@@ -335,7 +356,8 @@ class _Simulation:
             return
         own = token.home.dispatcher.source
         nodes, tells = tuple(self.nodes[name] for name in path), tuple(name == own for name in path[:-1])
-        token.leg, token.hop = replace(leg, nodes=nodes, links=links, tells=tells), 0
+        nth = (leg.nth[hop],) * len(links)
+        token.leg, token.hop = replace(leg, nodes=nodes, links=links, tells=tells, nth=nth), 0
         self._enter(token, now)
 
     # One attempt
@@ -384,10 +406,15 @@ class _Simulation:
         leg, hop = token.leg, token.hop
         left_s = leg.links[hop].carry(token, now)
         if self._losses is not None and self._losses.takes(token, now):
-            token.callbacks = ()  # it takes its time on the link, and never arrives
-        if token.home.estimates and leg.tells[hop]:
-            start = token.start
-            token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, left_s)
+            leg.links[hop].lose(token)
+        if token.home.estimates and left_s is not None:
+            self._left(token, left_s)
+
+    def _left(self, token: Token, at_s: float) -> None:
+        """The last byte leaves a link: at once, or at a time that was known when the message entered."""
+        leg, hop, start = token.leg, token.hop, token.start
+        if leg.tells[hop] and token.home.estimates:
+            token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, at_s)
 
     def _arrived(self, token: Token) -> None:
         """At the far end of a link. A node that is down neither receives nor forwards."""

@@ -20,7 +20,10 @@ from isthmus.workloads.testbed import Testbed
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Leg:
-    """A message: `nodes` and `links` of its path, and whether its source node sends on each link."""
+    """A message: `nodes` and `links` of its path, and whether its source node sends on each link.
+
+    `nth` is the how-manieth of its plan's messages it is on each link.
+    """
 
     source: int
     target: int
@@ -28,6 +31,7 @@ class Leg:
     nodes: tuple[Place, ...]
     links: tuple[Carrier, ...]
     tells: tuple[bool, ...]
+    nth: tuple[int, ...]
     load: int
     encode_s: float
     decode_s: float
@@ -93,10 +97,11 @@ class Wiring:
         )
 
     def _legs(self, compiled: Compiled, messages: Sequence[Message]) -> tuple[Leg, ...]:
-        return tuple(self._leg(compiled.source, message) for message in messages)
+        return tuple(self._leg(compiled, message) for message in messages)
 
-    def _leg(self, source: str, message: Message) -> Leg:
+    def _leg(self, compiled: Compiled, message: Message) -> Leg:
         overheads, path = self._testbed.overheads, message.path
+        before = [link for link, _ in compiled.loads[: message.load]]
 
         def code(cost_s: Callable[[str, float], float], node: str) -> float:
             if len(path) == 1:
@@ -110,7 +115,8 @@ class Wiring:
             message.wire_bytes,
             tuple(self._nodes[node] for node in path),
             tuple(self._links[link] for link in message.links),
-            tuple(node == source for node in path[:-1]),
+            tuple(node == compiled.source for node in path[:-1]),
+            tuple(before.count(link) for link in message.links),
             message.load,
             code(overheads.encode_s, path[0]),
             code(overheads.decode_s, path[-1]),

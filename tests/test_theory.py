@@ -153,6 +153,21 @@ def test_m_d_1_at_a_link_before_a_faster_server(synthetic, play, requests, rho):
 
 
 @utilisations
+@pytest.mark.parametrize("medium", [None, "cell"])
+def test_m_d_1_with_processor_sharing_at_a_fair_link(synthetic, play, requests, rho, medium):
+    """Messages that share a rate take 1 / (1 − ρ) times as long on average as one alone, whatever the distribution of
+    their sizes (Kleinrock, vol. 2, §4.4); a server with room for all makes none wait."""
+    size = 3 * 64 * 64 * 4
+    link = {"between": ["device", "cloud"], "rate": size, "discipline": "fair", "back": {"rate": 1e18}}
+    if medium is not None:
+        link |= {"medium": medium, "rate": 5 * size}
+    nodes = {"device": "1s", "cloud": {"service": {"mean": "0.5s"}, "slots": 1000}}
+    media = {medium: {"rate": size, "back": {"rate": 1e18}}} if medium is not None else {}
+    testbed = synthetic(nodes, [link], media=media)
+    agrees(play, testbed, Remote, rho, 1 / (1 - rho) + 0.5, requests=requests, width=1.5)
+
+
+@utilisations
 def test_two_servers_in_a_row(synthetic, play, requests, rho):
     """What leaves an M/M/1 queue is a Poisson process (Burke 1956), so a second exponential server behind the first is
     an M/M/1 queue too, and the times add (Jackson 1957). Noise that the two nodes shared would break it."""
