@@ -561,7 +561,7 @@ def test_radios_drain_the_batteries_at_both_ends_while_bytes_flow(synthetic, pla
     testbed = synthetic(nodes, linked(latency=0.5, jitter=0.25, discipline=discipline))
     cells: Mapping[str, Cell] = {"device": Cell()}
     real: Callable[..., Any] = simulator.link_maker
-    monkeypatch.setattr(simulator, "link_maker", lambda *given: real(*given, batteries=cells))
+    monkeypatch.setattr(simulator, "link_maker", lambda *given: real(*given[:-1], cells))
     records = play(testbed, lambda: Remote("cloud"), [0.0])
     came_s = spans(records, "cloud>device")[0].start_s
     answer_s = ANSWER / X

@@ -59,7 +59,7 @@ def run(testbed: Testbed, asked: Any, policy: Any = Local, **more: Any) -> tuple
     requests = [a if isinstance(a, Request) else Request(i, "device", model, a) for i, a in enumerate(asked)]
     records: list[Record] = []
     totals = simulate(testbed, {"device": requests}, {"device": policy()}, records.append, seed=1, **more)
-    return sorted(records, key=lambda r: r.number), totals[0]
+    return sorted(records, key=lambda r: r.number), totals.nodes[0]
 
 
 def ends(records: list[Record]) -> list[float | None]:
@@ -276,7 +276,7 @@ def test_what_is_not_there_is_loaded_once_and_the_least_used_goes(synthetic):
     totals = simulate(testbed, {"device": requests}, {"device": Cuts()}, records.append, seed=1)
     loads = [sum(s.end_s - s.start_s for s in r.spans if s.kind is Kind.LOAD) for r in records]
     assert loads == pytest.approx([whole_s, 0, tail_s, whole_s], abs=1e-6)
-    cloud_totals = totals[1]
+    cloud_totals = totals.nodes[1]
     assert (cloud_totals.loads, cloud_totals.evictions) == (3, 2)
     for record in records:  # what it waits for, loads and computes follow each other
         at_cloud = sorted((s.start_s, s.end_s, s.kind) for s in record.spans if s.place == "cloud")
@@ -587,7 +587,7 @@ def test_every_request_ends_once_whatever_the_node(synthetic, discipline, room, 
         testbed, requests, {n: Fixed(2, "cloud") for n in requests}, records.append, seed=seed, faults=played
     )
     assert Counter((r.source, r.number) for r in records) == Counter((n, i) for n in requests for i in range(15))
-    cloud_did = totals[-1]
+    cloud_did = totals.nodes[-1]
     assert cloud_did.refused >= sum(r.outcome is Outcome.DROPPED for r in records)
     assert (cloud_did.refused > 0) <= bool(room)
     slots = 3 if "scale" in feature else room.get("slots", 1)
@@ -607,7 +607,7 @@ def test_the_plain_node_and_the_queue_do_the_same(synthetic):
         records: list[Record] = []
         faults = [NodeFault(node="device", down=7.0, up=9.0)]
         totals = simulate(testbed, requests, {"device": Local()}, records.append, seed=1, faults=faults)
-        seen.append((records, totals[0]._asdict()))
+        seen.append((records, totals.nodes[0]._asdict()))
     (plain, did), (queued, queue_did) = seen
     assert plain == queued
     assert did == pytest.approx(queue_did)
