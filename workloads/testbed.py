@@ -383,23 +383,18 @@ class Testbed:
         return self._like(down=down)
 
     def _like(self, **changes: Any) -> Testbed:
-        """The same with some fields changed that make no difference to its routes."""
+        """The same with some fields changed that make no difference to its nodes, nor to its routes."""
         other = replace(self, **changes)
-        other.__dict__["routes"] = self.routes
+        other.__dict__.update(routes=self.routes, _servers=self._servers)
         return other
 
     def reachable(self, source: str) -> list[str]:
         """The other nodes that serve and that there is a route to, and so one back, in the order of the testbed."""
-        return [node for node in self._servers.get(self.routes.components[source], ()) if node != source]
+        return [node for node in self._servers if node != source and self.routes.exist(source, node)]
 
     @cached_property
-    def _servers(self) -> Mapping[int, list[str]]:
-        """The nodes that serve, by what they are connected with."""
-        found: dict[int, list[str]] = {}
-        for name, node in self.nodes.items():
-            if node.serves:
-                found.setdefault(self.routes.components[name], []).append(name)
-        return found
+    def _servers(self) -> list[str]:
+        return [name for name, node in self.nodes.items() if node.serves]
 
     def service(self, node: str, model: str) -> Service:
         """Service times of a model on a node. KeyError is a bug: names are checked before."""
