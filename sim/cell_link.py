@@ -1,12 +1,10 @@
 """A link between a node that moves and one of its cells, in one direction. Up while the cell serves the node.
 
-Knows the link that carries while it is up, and nothing of positions. What is under way when the node moves on is sent
-again, from its first byte, by whichever way there then is.
+Knows the link that carries while it is up, and nothing of positions. What is under way when the node moves on has to be
+sent again, from its first byte, by whichever way there then is.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from isthmus.policies.records import Kind
 from isthmus.sim.clock import Callbacks, Clock
@@ -16,23 +14,25 @@ from isthmus.workloads.testbed import Link
 
 
 class CellLink:
-    """`reroute` is told of tokens that cannot go this way, with the time."""
+    """Carries nothing while it is not `up`; whoever sends has to look."""
 
-    __slots__ = ("_arrived", "_inner", "_reroute", "_riders", "place", "up")
+    __slots__ = ("_arrived", "_inner", "_riders", "place", "up")
 
-    def __init__(self, clock: Clock, link: Link, arrived: Callbacks, reroute: Callable[[Token, float], None]) -> None:
+    def __init__(self, clock: Clock, link: Link, arrived: Callbacks) -> None:
         self._inner = FifoLink(clock, link, (self._over,))
-        self._arrived, self._reroute = arrived, reroute
+        self._arrived = arrived
         self._riders: dict[Token, None] = {}  # in the order in which they came
         self.place, self.up = self._inner.place, True
 
     def carry(self, token: Token, now_s: float) -> float:
         """A message enters; the time at which its last byte leaves, if nothing comes between."""
-        if not self.up:
-            self._reroute(token, now_s)
-            return now_s
         self._riders[token] = None
+        token.life = token.leg.nodes[token.hop].life
         return self._inner.carry(token, now_s)
+
+    def lose(self, token: Token) -> None:
+        """A message that has entered takes its time, and never arrives, nor is it sent again."""
+        del self._riders[token]
 
     def cut(self, now_s: float) -> list[Token]:
         """The node has moved on. What was under way, as if it had not set out."""
@@ -43,7 +43,7 @@ class CellLink:
             token.callbacks = ()  # it is in the heap, and nobody will be there
             self._take_back(token, now_s)
             fork = token.fork()
-            fork.leg, fork.hop = token.leg, token.hop
+            fork.leg, fork.hop, fork.life = token.leg, token.hop, token.life
             again.append(fork)
         self._riders.clear()
         return again

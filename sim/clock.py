@@ -38,6 +38,11 @@ class Clock(simpy.Environment):  # type: ignore[misc]  # simpy has no types
         self.push: Callable[[tuple[float, int, int, Armed]], None] = partial(heappush, self._queue)
         self.tick: Callable[[], int] = self._eid.__next__
 
+    @property
+    def pending(self) -> int:
+        """Events that are still to happen."""
+        return len(self._queue)
+
     def arm(self, event: Armed, at_s: float, callbacks: Callbacks) -> None:
         """Call back with the event at a time: at exactly that one, where a delay from now would be rounded."""
         event.at_s, event.callbacks = at_s, callbacks

@@ -6,6 +6,7 @@ is one event per hop and no queue.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from isthmus.policies.records import Kind, Span
@@ -13,7 +14,7 @@ from isthmus.sim.clock import Callbacks, Clock
 from isthmus.sim.token import Token
 from isthmus.workloads.testbed import Link
 
-SEND, WAIT = Kind.SEND, Kind.WAIT
+SEND, WAIT, INFINITY = Kind.SEND, Kind.WAIT, math.inf
 new = tuple.__new__  # makes a named tuple in half the time
 
 
@@ -42,7 +43,7 @@ class FifoLink:
         self._free_s = min(self._free_s, now_s)
 
     def carry(self, token: Token, now_s: float) -> float:
-        """A message enters; the time at which its last byte leaves."""
+        """A message enters; the time at which its last byte leaves, infinity where the link is cut for ever."""
         leg = token.leg
         start_s = now_s if now_s > self._free_s else self._free_s
         if self._constant is not None:
@@ -58,5 +59,6 @@ class FifoLink:
             if arrived_s > start_s:
                 token.spans.append(new(Span, (SEND, self.place, start_s, arrived_s, attempt, leg.source, leg.bytes)))
         token.at_s, token.callbacks = arrived_s, self._arrived
-        self._push((arrived_s, 1, self._tick(), token))
+        if arrived_s < INFINITY:
+            self._push((arrived_s, 1, self._tick(), token))
         return left_s

@@ -77,6 +77,12 @@ class NodeSpec(_Spec):
             raise ValueError("has both `service` and `profile` or `slowdown`: a node's times have one source")
         return self
 
+    @model_validator(mode="after")
+    def _cells_stand_still(self) -> NodeSpec:
+        if self.position is not None and self.mobility is not None:
+            raise ValueError("has both `position` and `mobility`: the position is of a cell, which does not move")
+        return self
+
 
 class DirectionSpec(_Spec):
     """The way back, where it differs from the way there."""
@@ -134,6 +140,15 @@ class TestbedSpec(_Spec):
     links: tuple[LinkSpec, ...] = ()
     profiles: str = Field(default="profiles", description="folder with the measured profiles, relative to this file")
 
+    @model_validator(mode="after")
+    def _one_node_of_a_name(self) -> TestbedSpec:
+        for name in self.nodes:
+            of, _, number = name.rpartition("-")
+            group = self.nodes.get(of)
+            if group is not None and group.count is not None and number in map(str, range(group.count)):
+                raise ValueError(f"nodes.{name}: there are two nodes {name!r}: it is one of the group {of!r} as well")
+        return self
+
     def members(self, name: str) -> tuple[str, ...]:
         """The nodes that a name stands for: itself, or the members of a group. KeyError for an unknown name."""
         return self._members[name]
@@ -143,7 +158,7 @@ class TestbedSpec(_Spec):
         found: dict[str, tuple[str, ...]] = {}
         for name, node in self.nodes.items():
             found[name] = (name,) if node.count is None else tuple(f"{name}-{i}" for i in range(node.count))
-        # A member by its own name; a node that is called like one is found twice by `Testbed.build`.
+        # A member by its own name as well.
         return {member: (member,) for of in found.values() for member in of} | found
 
     def pairs(self, link: LinkSpec) -> list[LinkId]:
@@ -271,10 +286,11 @@ class Testbed:
         nodes: dict[str, Node] = {}
         for name, s in spec.nodes.items():
             serves = s.count is None if s.serves is None else s.serves
-            for member in spec.members(name):
-                if member in nodes:
-                    raise InputError(f"there are two nodes {member!r}", where=f"{where or spec.name}: nodes.{name}")
-                path = s.mobility.read(folder, member) if isinstance(s.mobility, Positions) else s.mobility
+            members = spec.members(name)
+            paths = (
+                s.mobility.read(folder, members) if isinstance(s.mobility, Positions) else [s.mobility] * len(members)
+            )
+            for member, path in zip(members, paths, strict=True):
                 nodes[member] = Node(member, serves, s.slots, s.power, s.price, s.slowdown, s.position, path)
         links = realise_links(spec, folder=folder, where=where, seed=seed)
         services: dict[tuple[str, str], Service] = {}
@@ -359,7 +375,8 @@ class Testbed:
     def handovers(self, node: str, seed: int) -> Iterator[tuple[float, frozenset[LinkId]]]:
         """For a node that moves: when which of its links are down, from time 0 on.
 
-        Up are the links to the nearest cell and to what has no position; none to a cell while it is handed over.
+        Up are the links to the nearest cell and to what has no position; none to a cell while it is handed over. Now
+        and then it says the same again, on a path that goes on for ever.
         """
         mobility = self.nodes[node].mobility
         assert mobility is not None
@@ -370,13 +387,17 @@ class Testbed:
         away = {cell: frozenset(((node, cell), (cell, node))) for cell in cells}
         everywhere = frozenset[LinkId]().union(*away.values())
         changes = serving(mobility.path(stream(seed, node, "mobility")), at)
-        (_, cell), ready_s = next(changes), 0.0
-        for then_s, other in chain(changes, [(math.inf, cell)]):
-            if ready_s < then_s:  # else it moved on before it was connected
+        (_, cell), ready_s, connected = next(changes), 0.0, False
+        for then_s, other in chain(changes, [(math.inf, -1)]):
+            if not connected and ready_s < then_s:  # else it moves on before it is connected
                 yield ready_s, everywhere - away[cells[cell]]
-            if then_s < math.inf and mobility.handover:
-                yield then_s, everywhere
-            ready_s, cell = then_s + mobility.handover, other
+                connected = True
+            if other == cell:
+                yield then_s, everywhere - away[cells[cell]] if connected else everywhere
+            elif then_s < math.inf:
+                if mobility.handover:
+                    yield then_s, everywhere
+                ready_s, cell, connected = then_s + mobility.handover, other, False
 
     def without(self, down: frozenset[LinkId]) -> Testbed:
         """The same testbed while these links are down: routes lead around them."""
