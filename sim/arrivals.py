@@ -90,11 +90,11 @@ class Arrivals(Armed, Generic[Home]):
             waiting[source] = request
             next_s[source] = math.inf if request is None else request.arrival_s
         times_s = np.array([request.arrival_s for request in requests])
-        order = np.lexsort((which, times_s))  # of those that are of the same time, in order of the sources
+        order = np.lexsort((np.array(which), times_s))  # of those that are of the same time, in order of the sources
         inside = int(np.searchsorted(times_s[order], end_s))
         self._requests, self._which, self._next = requests, which, 0
         self._order, self._left = order[:inside].tolist(), order[inside:].tolist()
         self._end_s = end_s
-        wanted = PER_SOURCE * max(np.count_nonzero(next_s < math.inf), MOST // PER_SOURCE)
+        wanted = max(PER_SOURCE * int(np.count_nonzero(next_s < math.inf)), MOST)
         self._width_s = (end_s - begin_s) * min(max(wanted / inside, 0.25), 4.0)
         return True
