@@ -19,12 +19,13 @@ def energy_j(spans: Sequence[Span], testbed: Testbed) -> float | None:
     if not testbed.has_power:
         return None
     total = 0.0
-    for kind, place, start_s, end_s, _, _, _ in spans:
+    for kind, place, start_s, end_s, _, _, size in spans:
         if kind in _BUSY:
             total += testbed.nodes[place].power.busy * (end_s - start_s)
         elif kind is Kind.SEND:
             a, _, b = place.partition(">")
-            air_s = end_s - start_s - testbed.links[a, b].latency_s
+            # Without bytes it was cut off before it was there, and may not have got to its latency.
+            air_s = end_s - start_s - (0.0 if size is None else testbed.links[a, b].latency_s)
             total += (testbed.nodes[a].power.tx + testbed.nodes[b].power.rx) * air_s
     return total
 

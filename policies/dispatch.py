@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -83,6 +84,8 @@ class Compiler:
         self.unseen = beliefs.links(0.0), beliefs.nodes(0.0)
         """What is believed of links and nodes of which nothing was seen: for policies that do not look."""
         self._compiled: dict[tuple[Plan, str, str, frozenset[LinkId]], Compiled] = {}
+        self.known = lru_cache(maxsize=64)(testbed.nominal.without)
+        """The nominal testbed while some links are down: one for all sources that are told the same."""
 
     def __call__(self, plan: Plan, model: str, source: str, down: frozenset[LinkId] = NONE_DOWN) -> Compiled:
         """The plan laid out over routes that avoid the links that are `down`."""
@@ -222,7 +225,7 @@ class Dispatcher:
 
     def links_are(self, down: frozenset[LinkId]) -> None:
         """Exactly these links are known to be down. What is under way stands still or is sent again; it is not lost."""
-        self._known, self._recent = self._testbed.nominal.without(down), (None, "", None)
+        self._known, self._recent = self._compile.known(down), (None, "", None)
         self._unseen = self.source, self._known, *self._compile.unseen, self._truth
         if self._estimators is not None:
             self._estimators.links_are(down)

@@ -1,7 +1,7 @@
 """A link between a node that moves and one of its cells, in one direction. Up while the cell serves the node.
 
-Knows the link that carries while it is up, and nothing of positions. What is under way when the node moves on is sent
-again, from its first byte, by whichever way there then is.
+Knows the link that carries while it is up, and nothing of positions. What is under way when the node moves on has to be
+sent again, from its first byte, by whichever way there then is.
 """
 
 from __future__ import annotations
@@ -15,27 +15,24 @@ from isthmus.sim.token import Token
 
 
 class CellLink:
-    """`make` makes the link that carries; `reroute` is told of tokens that cannot go this way, with the time."""
+    """Carries nothing while it is not `up`; whoever sends has to look. `make` makes the link that carries."""
 
-    __slots__ = ("_arrived", "_inner", "_reroute", "_riders", "place", "up")
+    __slots__ = ("_arrived", "_inner", "_riders", "place", "up")
 
-    def __init__(
-        self, make: Callable[[Callbacks], Carrier], arrived: Callbacks, reroute: Callable[[Token, float], None]
-    ) -> None:
+    def __init__(self, make: Callable[[Callbacks], Carrier], arrived: Callbacks) -> None:
         self._inner = make((self._over,))
-        self._arrived, self._reroute = arrived, reroute
+        self._arrived = arrived
         self._riders: dict[Token, None] = {}  # in the order in which they came
         self.place, self.up = self._inner.place, True
 
     def carry(self, token: Token, now_s: float) -> float | None:
         """A message enters; the time at which its last byte leaves, if that is known and nothing comes between."""
-        if not self.up:
-            self._reroute(token, now_s)
-            return now_s
         self._riders[token] = None
+        token.life = token.leg.nodes[token.hop].life
         return self._inner.carry(token, now_s)
 
     def lose(self, token: Token) -> None:
+        """A message that has entered takes its time, and never arrives, nor is it sent again."""
         self._riders.pop(token, None)
         self._inner.lose(token)
 
@@ -54,7 +51,7 @@ class CellLink:
             token.callbacks = ()  # it is in the heap, and nobody will be there
             self._take_back(token, now_s)
             fork = token.fork()
-            fork.leg, fork.hop = token.leg, token.hop
+            fork.leg, fork.hop, fork.life = token.leg, token.hop, token.life
             again.append(fork)
         self._riders.clear()
         return again

@@ -8,6 +8,7 @@ SimPy's.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,10 +39,16 @@ class Clock(simpy.Environment):  # type: ignore[misc]  # simpy has no types
         self.push: Callable[[tuple[float, int, int, Armed]], None] = partial(heappush, self._queue)
         self.tick: Callable[[], int] = self._eid.__next__
 
+    @property
+    def pending(self) -> int:
+        """Events that are still to happen."""
+        return len(self._queue)
+
     def arm(self, event: Armed, at_s: float, callbacks: Callbacks) -> None:
         """Call back with the event at a time: at exactly that one, where a delay from now would be rounded."""
         event.at_s, event.callbacks = at_s, callbacks
-        self.push((at_s, 1, self.tick(), event))
+        if at_s < math.inf:  # else it never happens
+            self.push((at_s, 1, self.tick(), event))
 
     def call(self, at_s: float, call: Callable[[], None]) -> None:
         """Call something at a time; for what is rare."""

@@ -14,7 +14,7 @@ from isthmus.sim.clock import Callbacks, Clock
 from isthmus.sim.token import Token
 from isthmus.workloads.links import Link
 
-SEND, WAIT = Kind.SEND, Kind.WAIT
+SEND, WAIT, INFINITY = Kind.SEND, Kind.WAIT, math.inf
 new = tuple.__new__  # makes a named tuple in half the time
 
 
@@ -80,7 +80,7 @@ class FifoLink:
         self.place = f"{link.id[0]}>{link.id[1]}"
 
     def carry(self, token: Token, now_s: float) -> float:
-        """A message enters; the time at which its last byte leaves."""
+        """A message enters; the time at which its last byte leaves, infinity where the link is cut for ever."""
         leg, constant, start_s = token.leg, self._constant, self._free_s
         size = leg.bytes
         if start_s > now_s:
@@ -91,7 +91,7 @@ class FifoLink:
             left_s = start_s + size / constant  # its busy time follows from its bytes
         else:
             left_s = self._rate.finish_s(start_s, size)
-            if left_s < math.inf:  # else the link was cut for ever
+            if left_s < INFINITY:  # else the link was cut for ever
                 self._busy_s += left_s - start_s
         self._messages += 1
         self._bytes += size
@@ -105,7 +105,8 @@ class FifoLink:
             if arrived_s > start_s:
                 spans.append(new(Span, (SEND, self.place, start_s, arrived_s, attempt, leg.source, size)))
         token.at_s, token.callbacks = arrived_s, self._arrived
-        self._push((arrived_s, 1, self._tick(), token))
+        if arrived_s < INFINITY:
+            self._push((arrived_s, 1, self._tick(), token))
         return left_s
 
     def lose(self, token: Token) -> None:
@@ -119,5 +120,5 @@ class FifoLink:
     def totals(self, now_s: float) -> LinkTotals:
         busy_s = self._busy_s + (0.0 if self._constant is None else self._bytes / self._constant)
         # It is busy without a break from now until it is free.
-        busy_s -= max(self._free_s - now_s, 0.0) if self._free_s < math.inf else 0.0
+        busy_s -= max(self._free_s - now_s, 0.0) if self._free_s < INFINITY else 0.0
         return LinkTotals(self.place, self._messages, self._bytes, busy_s, busy_s, self._waited_s, 0)

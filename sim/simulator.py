@@ -36,7 +36,7 @@ from isthmus.sim.node import NodeTotals, Place
 from isthmus.sim.nodes import make_node
 from isthmus.sim.token import Token
 from isthmus.sim.wiring import Leg, Wired, Wiring
-from isthmus.workloads.faults import Fault, LinkFault, LostMessages, NodeFault
+from isthmus.workloads.faults import Fault, LinkFault, LostMessages, NodeFault, merged
 from isthmus.workloads.requests import ClosedLoop, Request
 from isthmus.workloads.routing import NONE_DOWN, LinkId
 from isthmus.workloads.testbed import Testbed
@@ -87,7 +87,8 @@ def simulate(
     """
     for fault in faults:
         check_place(fault, testbed)
-    run = _Simulation(testbed, requests, policies, sink, seed, name, faults, drain_s, durations, watch, spans)
+    ones = merged(faults)
+    run = _Simulation(testbed, requests, policies, sink, seed, name, ones, drain_s, durations, watch, spans)
     run.run()
     return run.totals()
 
@@ -143,14 +144,15 @@ class _Simulation:
         batteries = {n: node.battery for n, node in self.nodes.items() if node.battery is not None}
         make = link_maker(world, self.clock, seed, self._left, batteries)
         self.links: dict[LinkId, Carrier] = {
-            i: CellLink(partial(make, link), self._arrived_at, self._reroute)
+            i: CellLink(partial(make, link), self._arrived_at)
             if moving and not moving.isdisjoint(i)
             else make(link, self._arrived_at)
             for i, link in world.links.items()
         }
         self._cut = NONE_DOWN  # links that a fault holds up
         self._away = dict.fromkeys(moving, NONE_DOWN)  # links to cells that do not serve a node
-        self._stranded: list[Token] = []  # messages for which there is no way now
+        self._stranded: list[tuple[Token, float]] = []  # messages for which there is no way now, and since when
+        self._following = 0  # nodes whose next change of links is in the clock's heap
         self._losses = Losses(faults, seed) if any(isinstance(f, LostMessages) for f in faults) else None
         self._wire = Wiring(testbed, self.nodes, self.links, seed)
         self._wake_s = testbed.overheads.wake_s
@@ -170,10 +172,7 @@ class _Simulation:
                 open_loops.append((home, iter(asked)))
         loops = [home for home in self.homes.values() if home.loop is not None]
         self._sources = 1 + len(loops)
-        self._arrivals = Arrivals(self.clock, open_loops, self._arrive, self._exhausted)
-        self._arrivals.begin()
-        for home in loops:
-            self._begin_loop(home)
+        # What goes wrong at some time has gone wrong before what arrives at that time.
         for fault in faults:
             if isinstance(fault, NodeFault):
                 self.clock.call(fault.down, partial(self._node_is, fault.node, up=False))
@@ -184,8 +183,12 @@ class _Simulation:
                 self.clock.call(fault.down, partial(self._link_is, both, up=False))
                 if fault.up is not None:
                     self.clock.call(fault.up, partial(self._link_is, both, up=True))
-        for name in sorted(moving):
-            self._follow(name, testbed.handovers(name, seed))
+        for node in sorted(moving):
+            self._follow(node, testbed.handovers(node, seed))
+        self._arrivals = Arrivals(self.clock, open_loops, self._arrive, self._exhausted)
+        self._arrivals.begin()
+        for home in loops:
+            self._begin_loop(home)
 
     def run(self) -> None:
         try:
@@ -311,13 +314,15 @@ class _Simulation:
             self._tell_links(home)
 
     def _tell_links(self, home: Home) -> None:
-        home.dispatcher.links_are(self._cut | self._away.get(home.dispatcher.source, NONE_DOWN))
+        away = self._away.get(home.dispatcher.source)
+        home.dispatcher.links_are(self._cut | away if away else self._cut)
 
     def _follow(self, node: str, changes: Iterator[tuple[float, frozenset[LinkId]]]) -> None:
         """A node moves on: wait for its next change of links."""
         change = next(changes, None)
         if change is not None:
             at_s, down = change
+            self._following += 1
             self.clock.call(at_s, partial(self._moved, node, down, at_s, changes))
 
     def _moved(
@@ -327,37 +332,52 @@ class _Simulation:
         now: float,
         changes: Iterator[tuple[float, frozenset[LinkId]]],
     ) -> None:
+        self._following -= 1
         before, self._away[node] = self._away[node], down
-        again: list[Token] = []
-        for link in sorted(before ^ down):
-            it = self.links[link]
-            assert isinstance(it, CellLink)
-            if link in down:
-                again += it.cut(now)
-            else:
-                it.up = True
-        if node in self.homes:
-            self._tell_links(self.homes[node])
-        stranded, self._stranded = self._stranded, []
-        for token in (*again, *stranded):
-            self._reroute(token, now)
-        self._follow(node, changes)
+        if before != down:
+            again: list[tuple[Token, float]] = []
+            for link in sorted(before ^ down):
+                it = self.links[link]
+                assert isinstance(it, CellLink)
+                if link in down:
+                    again.extend((token, now) for token in it.cut(now))
+                else:
+                    it.up = True
+            if node in self.homes:
+                self._tell_links(self.homes[node])
+            stranded, self._stranded = self._stranded, []
+            for token, since_s in (*stranded, *again):
+                self._reroute(token, since_s, now)
+        if self._stranded or self.clock.pending > self._following:
+            self._follow(node, changes)
+        # else nodes move, and nothing else will ever happen
 
-    def _reroute(self, token: Token, now: float) -> None:
-        """A message goes on from where it is by the way that there is now; where there is none, it waits."""
+    def _reroute(self, token: Token, since_s: float, now: float) -> None:
+        """A message goes on from where it is by the way that there is now; where there is none, it waits.
+
+        Around faults if it can, else over what is cut, to stand still there: only cells that do not serve are no way.
+        """
         leg, hop = token.leg, token.hop
+        if token.life != leg.nodes[hop].life:
+            return  # the node went meanwhile
         here, there = leg.nodes[hop].name, leg.nodes[-1].name
-        nothing = NONE_DOWN
-        down = self._cut | self._away.get(here, nothing) | self._away.get(there, nothing)
-        path = self.testbed.without(down).route(here, there)
-        links = tuple(self.links[pair] for pair in pairwise(path))
-        if any(isinstance(link, CellLink) and not link.up for link in links):
-            self._stranded.append(token)
+        away = self._away.get(here, NONE_DOWN) | self._away.get(there, NONE_DOWN)
+        for down in (self._cut | away, away):
+            path = self.testbed.routes.find(here, there, down)
+            links = tuple(pairwise(path))
+            if away.isdisjoint(links):
+                break
+        else:
+            self._stranded.append((token, since_s))
             return
-        own = token.home.dispatcher.source
-        nodes, tells = tuple(self.nodes[name] for name in path), tuple(name == own for name in path[:-1])
+        # The source knows the loads of its plan; of those of another way it only knows that the message left.
+        tells = (leg.tells[hop] and hop == 0, *(False for _ in links[1:]))
+        nodes, carriers = tuple(self.nodes[name] for name in path), tuple(self.links[link] for link in links)
         nth = (leg.nth[hop],) * len(links)
-        token.leg, token.hop = replace(leg, nodes=nodes, links=links, tells=tells, nth=nth), 0
+        token.leg, token.hop = replace(leg, nodes=nodes, links=carriers, tells=tells, nth=nth), 0
+        if now > since_s and token.spans is not None:
+            span = Span(WAIT, carriers[0].place, since_s, now, token.start.attempt, leg.source)
+            token.spans.append(span)
         self._enter(token, now)
 
     # One attempt
@@ -404,10 +424,15 @@ class _Simulation:
     def _enter(self, token: Token, now: float) -> None:
         """The next link."""
         leg, hop = token.leg, token.hop
-        left_s = leg.links[hop].carry(token, now)
+        link = leg.links[hop]
+        if self._away and isinstance(link, CellLink) and not link.up:
+            token.life = leg.nodes[hop].life
+            self._reroute(token, now, now)
+            return
+        left_s = link.carry(token, now)
         if self._losses is not None and self._losses.takes(token, now):
-            leg.links[hop].lose(token)
-        if token.home.estimates and left_s is not None:
+            link.lose(token)
+        if left_s is not None and token.home.estimates:
             self._left(token, left_s)
 
     def _left(self, token: Token, at_s: float) -> None:

@@ -97,7 +97,7 @@ def _fields(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
         inner = [k.model_fields[str(part)].annotation for k in kinds if part in k.model_fields]
         named = [k for k in kinds if part in (k.__name__, getattr(k.model_fields.get("kind"), "default", None))]
         kinds = [m for annotation in inner for m in _models(annotation)] if inner else named or kinds
-    return list(dict.fromkeys(name for k in kinds for name in k.model_fields))
+    return list(dict.fromkeys(field.alias or name for k in kinds for name, field in k.model_fields.items()))
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

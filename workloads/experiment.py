@@ -72,7 +72,13 @@ class ExperimentSpec(BaseModel):
             field = f"{where or self.name}: faults[{number}]"
             try:
                 if not places(fault, self.testbed.members, self._links):
-                    raise InputError("there is no such link", where=f"{field}.link")
+                    linked = ", ".join(f"{a}–{b}" for a, b in (link.between for link in self.testbed.links))
+                    a, b = getattr(fault, "link", ("", ""))
+                    raise InputError(
+                        f"there is no link between {a!r} and {b!r}",
+                        where=f"{field}.link",
+                        allowed=linked or "none are defined",
+                    )
             except KeyError as error:
                 at = "link" if getattr(fault, "link", None) else "node"
                 raise unknown("node", error.args[0], self.testbed.nodes, where=f"{field}.{at}") from None

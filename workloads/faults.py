@@ -7,8 +7,9 @@ no shell.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from itertools import pairwise, product
+from itertools import product
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -101,12 +102,17 @@ class Recurring(_Spec):
             raise ValueError("`slower` is of a node; a link has a rate")
         return self
 
-    def draw(self, seed: int, until_s: float) -> Iterator[Fault]:
-        """What happens to one place up to a time."""
-        draw = stream(seed, self.node or ">".join(self.link or ()), "faults")
+    @property
+    def place(self) -> str:
+        """Where it happens; a link is the same whichever end is named first."""
+        return self.node or ">".join(sorted(self.link or ()))
+
+    def draw(self, seed: int, until_s: float, which: int = 0) -> Iterator[Fault]:
+        """What happens to one place up to a time. `which` tells apart what recurs at the same place."""
+        draw = stream(seed, self.place, "faults", which)
         now_s = 0.0
         while (down := now_s + float(draw.exponential(self.every))) < until_s:
-            now_s = down + float(draw.exponential(self.lasting))
+            now_s = max(down + float(draw.exponential(self.lasting)), math.nextafter(down, math.inf))
             if self.link is not None:
                 yield LinkFault(link=self.link, down=down, up=now_s)
             elif self.slower is not None:
@@ -117,19 +123,21 @@ class Recurring(_Spec):
 
 def _kind(fault: Any) -> str:
     """Which kind is meant is told by the field that only it has."""
-    has = fault if isinstance(fault, dict) else getattr(fault, "model_fields_set", ())
-    return next((field for field in ("every", "slower", "lose", "link") if field in has), "node")
+    if not isinstance(fault, dict):
+        return type(fault).__name__ if isinstance(fault, _Spec) else NodeFault.__name__
+    kinds = {"every": Recurring, "slower": SlowNode, "lose": LostMessages, "link": LinkFault}
+    return next((kind for field, kind in kinds.items() if field in fault), NodeFault).__name__
 
 
 Fault = NodeFault | LinkFault | SlowNode | LostMessages
 """One thing that goes wrong once."""
 
 FaultSpec = Annotated[
-    Annotated[NodeFault, Tag("node")]
-    | Annotated[LinkFault, Tag("link")]
-    | Annotated[SlowNode, Tag("slower")]
-    | Annotated[LostMessages, Tag("lose")]
-    | Annotated[Recurring, Tag("every")],
+    Annotated[NodeFault, Tag("NodeFault")]
+    | Annotated[LinkFault, Tag("LinkFault")]
+    | Annotated[SlowNode, Tag("SlowNode")]
+    | Annotated[LostMessages, Tag("LostMessages")]
+    | Annotated[Recurring, Tag("Recurring")],
     Discriminator(_kind),
 ]
 
@@ -141,17 +149,21 @@ def draw_faults(
     seed: int,
     until_s: float,
 ) -> list[Fault]:
-    """What goes wrong in one run, groups resolved; in order of time. The same seed gives the same, whatever the policy.
+    """What goes wrong in one run, groups resolved, outages merged. The same seed gives the same, whatever the policy.
 
-    `members` are the nodes that a name stands for; between groups every one of the `links` is meant. Outages of one
-    node that overlap are one.
+    `members` are the nodes that a name stands for; between groups every one of the `links` is meant.
     """
     found: list[Fault] = []
+    drawn: Counter[str] = Counter()
     for spec in specs:
         for place in places(spec, members, links):
             one = spec.model_copy(update=place)
-            found.extend(one.draw(seed, until_s) if isinstance(one, Recurring) else [one])
-    return sorted([*_merged(found), *(f for f in found if not isinstance(f, NodeFault))], key=begins_s)
+            if isinstance(one, Recurring):
+                found.extend(one.draw(seed, until_s, drawn[one.place]))
+                drawn[one.place] += 1
+            else:
+                found.append(one)
+    return merged(found)
 
 
 def places(
@@ -168,22 +180,21 @@ def begins_s(fault: Fault) -> float:
     return fault.down if isinstance(fault, _Outage) else fault.start
 
 
-def _merged(faults: Iterable[Fault]) -> Iterator[NodeFault]:
-    """Outages of nodes, those that overlap as one."""
-    by_node: dict[str, list[NodeFault]] = {}
-    for fault in faults:
-        if isinstance(fault, NodeFault):
-            by_node.setdefault(fault.node, []).append(fault)
-    for node, outages in by_node.items():
-        outages.sort(key=begins_s)
-        down, end_s = outages[0].down, outages[0].end_s
-        for outage in outages[1:]:
-            if outage.down <= end_s:
-                end_s = max(end_s, outage.end_s)
+def merged(faults: Iterable[Fault]) -> list[Fault]:
+    """In order of time; outages of one node, or of one link, that overlap or meet are one."""
+    found: list[Fault] = []
+    last: dict[str | frozenset[str], int] = {}
+    for fault in sorted(faults, key=begins_s):
+        if isinstance(fault, _Outage):
+            place = fault.node if isinstance(fault, NodeFault) else frozenset(fault.link)
+            before = found[last[place]] if place in last else None
+            if isinstance(before, _Outage) and fault.down <= before.end_s:
+                if fault.end_s > before.end_s:
+                    found[last[place]] = before.model_copy(update={"up": fault.up})
                 continue
-            yield NodeFault(node=node, down=down, up=end_s)
-            down, end_s = outage.down, outage.end_s
-        yield NodeFault(node=node, down=down, up=None if end_s == math.inf else end_s)
+            last[place] = len(found)
+        found.append(fault)
+    return found
 
 
 def factor(whiles: Iterable[tuple[float, float, float]]) -> list[tuple[float, float]]:
@@ -191,7 +202,19 @@ def factor(whiles: Iterable[tuple[float, float, float]]) -> list[tuple[float, fl
 
     `whiles` are (start_s, end_s, factor), of which an end may be infinite.
     """
-    spans = list(whiles)
-    edges = sorted({0.0, *(t for start, end, _ in spans for t in (start, end) if t < math.inf)})
-    pieces = [(t, math.prod(value for start, end, value in spans if start <= t < end)) for t in edges]
-    return [pieces[0], *(b for a, b in pairwise(pieces) if a[1] != b[1])]
+    changes: dict[float, list[tuple[int, float | None]]] = {0.0: []}
+    for number, (start, end, value) in enumerate(whiles):
+        changes.setdefault(start, []).append((number, value))
+        changes.setdefault(end, []).append((number, None))
+    values: dict[int, float] = {}
+    pieces: list[tuple[float, float]] = []
+    for time in sorted(changes.keys() - {math.inf}):
+        for number, begins in changes[time]:
+            if begins is None:
+                del values[number]
+            else:
+                values[number] = begins
+        value_now = math.prod(values.values())
+        if not pieces or pieces[-1][1] != value_now:
+            pieces.append((time, value_now))
+    return pieces

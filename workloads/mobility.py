@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
@@ -78,7 +79,7 @@ class RandomWaypoint(_Mobility):
 
     def path(self, draw: np.random.Generator) -> Iterator[Point]:
         """The points of the path, endless."""
-        corner, other = np.array(self.area)
+        corner, other = np.sort(self.area, axis=0)
         now_s, here = 0.0, draw.uniform(corner, other)
         yield now_s, *here.tolist()
         while True:
@@ -101,8 +102,11 @@ class Positions(_Mobility):
     y: str = "y"
     node: str | None = Field(default=None, description="the column with the node's name")
 
-    def read(self, folder: Path, node: str) -> Waypoints:
-        """The waypoints of one node. InputError names the file, and the column or row that is wrong."""
+    def read(self, folder: Path, nodes: Sequence[str]) -> list[Waypoints]:
+        """The waypoints of each node. Time 0 is the first in the file; until its own first a node is where that has it.
+
+        InputError names the file, and the column or row that is wrong.
+        """
         path = folder / self.file
         try:
             table = pd.read_csv(path, comment="#")
@@ -113,21 +117,31 @@ class Positions(_Mobility):
         for column in (self.time, self.x, self.y, *([self.node] if self.node else [])):
             if column not in table.columns:
                 raise unknown("column", column, map(str, table.columns), where=path)
-        if self.node is not None:
-            table = table[table[self.node].astype(str) == node]
-            if table.empty:
-                raise InputError(f"has no row of node {node!r}", where=path)
-        numbers = table[[self.time, self.x, self.y]].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
-        for row, values in enumerate(numbers):
-            if not np.isfinite(values).all():
-                raise InputError(f"row {row + 1} is not three numbers: time, x, y", where=path)
-            if row and values[0] <= numbers[row - 1][0]:
-                raise InputError(f"row {row + 1} is not after the one before it, at {values[0]:g} s", where=path)
-        if len(numbers) == 0:
+        if table.empty:
             raise InputError("holds no position", where=path)
-        numbers[:, 0] -= numbers[0, 0]
-        return Waypoints(points=tuple(map(tuple, numbers.tolist())), handover=self.handover)
+        numbers = table[[self.time, self.x, self.y]].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
+        if len(wrong := np.flatnonzero(~np.isfinite(numbers).all(axis=1))):
+            raise InputError(f"row {wrong[0] + 1} is not three numbers: time, x, y", where=path)
+        numbers[:, 0] -= numbers[:, 0].min()
+        if self.node is None:
+            return [self._along(numbers, np.arange(len(table)), path)] * len(nodes)
+        rows = {str(name): np.asarray(of) for name, of in table.groupby(self.node).indices.items()}
+        if missing := [node for node in nodes if node not in rows]:
+            raise InputError(f"has no row of node {missing[0]!r}", where=path)
+        return [self._along(numbers, rows[node], path) for node in nodes]
 
+    def _along(self, numbers: npt.NDArray[np.float64], rows: npt.NDArray[np.int64], path: Path) -> Waypoints:
+        """Through some rows of the file."""
+        mine = numbers[rows]
+        if len(early := np.flatnonzero(np.diff(mine[:, 0]) <= 0)):
+            raise InputError(f"row {rows[early[0] + 1] + 1} is not after the one before it", where=path)
+        if mine[0, 0] > 0:
+            mine = np.concatenate([[[0.0, *mine[0, 1:]]], mine])
+        return Waypoints(points=tuple(map(tuple, mine.tolist())), handover=self.handover)
+
+
+QUIET = 64
+"""Points of a path without a handover, after which `serving` tells where the node is."""
 
 Mobility = Annotated[Waypoints | RandomWaypoint | Positions, Field(discriminator="kind")]
 
@@ -135,19 +149,25 @@ Mobility = Annotated[Waypoints | RandomWaypoint | Positions, Field(discriminator
 def serving(path: Iterator[Point], cells: Sequence[Position]) -> Iterator[tuple[float, int]]:
     """When which cell becomes the nearest: (0, first), then one entry for every handover, in order of time.
 
-    Of cells that are equally near the one that is named first serves.
+    Of cells that are equally near the one that is named first serves to begin with; later, the one that serves already.
+    After a long way without a handover there is an entry with the same cell: whoever follows an endless path within one
+    cell has to get on.
     """
     at = np.array(cells, dtype=float)
+    origin = at[0].copy()
+    at -= origin  # so that squares stay small, and precise, wherever the coordinates begin
     offset = (at**2).sum(axis=1)
 
     def heights(x: float, y: float) -> Any:
         """Squared distances to all cells, less what is the same for all."""
-        return offset - 2 * at @ (x, y)
+        return offset - 2 * at @ (x - origin[0], y - origin[1])
 
     now_s, x, y = next(path)
     cell = int(np.argmin(heights(x, y)))
     yield now_s, cell
+    quiet = 0
     for then_s, to_x, to_y in path:
+        before = cell
         start, end = heights(x, y), heights(to_x, to_y)
         if then_s == now_s:  # it is somewhere else at once
             nearest = int(np.argmin(end))
@@ -166,3 +186,7 @@ def serving(path: Iterator[Point], cells: Sequence[Position]) -> Iterator[tuple[
                 share, cell = float(crossing[first]), int(tied[np.argmin(end[tied])])
                 yield now_s + share * (then_s - now_s), cell
         now_s, x, y = then_s, to_x, to_y
+        quiet = quiet + 1 if cell == before else 0
+        if quiet == QUIET:
+            quiet = 0
+            yield now_s, cell

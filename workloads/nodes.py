@@ -7,6 +7,7 @@ each field means, with its formula.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -207,14 +208,18 @@ class NodeSpec(_Spec):
         said = {field: getattr(self, field) for field in self.model_fields_set}
         return NodeSpec(**(said | {"speed": speed, "period": None}))
 
-    def node(self, name: str, folder: Path) -> Node:
-        """The node of that name, or the member of the group. `folder` is what relative paths start from."""
-        path = self.mobility.read(folder, name) if isinstance(self.mobility, Positions) else self.mobility
+    def realise(self, members: Sequence[str], folder: Path) -> list[Node]:
+        """The node, or the members of the group. `folder` is what relative paths start from."""
+        mobility = self.mobility
+        paths = mobility.read(folder, members) if isinstance(mobility, Positions) else [mobility] * len(members)
         serves = self.count is None if self.serves is None else self.serves
-        return Node(
-            name, serves, self.slots, self.power, self.price, self.slowdown, self.position, path,
-            self.discipline, self.room, self.batch, self.memory, self.relative_speed, self.battery, self.scale,
-        )  # fmt: skip
+        return [
+            Node(
+                name, serves, self.slots, self.power, self.price, self.slowdown, self.position, path,
+                self.discipline, self.room, self.batch, self.memory, self.relative_speed, self.battery, self.scale,
+            )
+            for name, path in zip(members, paths, strict=True)
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)

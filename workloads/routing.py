@@ -1,7 +1,8 @@
 """Best routes through a topology, also while some of its links are down. Knows names and latencies, nothing else.
 
-Least latency there and back, then fewest links, then the links that are named first. So there is one best route: the
-way back is the way there reversed, and a piece of a route is the route of its ends.
+Least latency there and back, then fewest links, then the links that are named first: whose places in the testbed have
+the smallest sum. So there is one best route: the way back is the way there reversed, and a piece of a route is the
+route of its ends.
 
 Most nodes of a large testbed are leaves: they hang on one link, or forward nothing. A path has none in its middle, so
 shortest paths are looked for among the few nodes that forward, once per node, and a leaf adds its own link.
@@ -16,6 +17,7 @@ from typing import Any, cast
 import networkx as nx
 
 from isthmus.workloads.errors import InputError
+from isthmus.workloads.random import Uniforms
 
 LinkId = tuple[str, str]  # (from, to): one direction
 NONE_DOWN: frozenset[LinkId] = frozenset()
@@ -26,19 +28,21 @@ class Routes:
 
     def __init__(self, nodes: Iterable[str], latency_s: Mapping[LinkId, float], ends: frozenset[str]) -> None:
         self._weights: dict[str, dict[str, int]] = {node: {} for node in nodes}
+        anything = Uniforms(0, "routes")
         for number, (a, b) in enumerate(dict.fromkeys(map(frozenset, latency_s))):
             # Integers, so that sums are exact: picoseconds, then links, then which links; no two routes weigh the same
-            # (the lowest bits are there for different links whose numbers have the same sum).
+            # (the lowest bits are there for different links whose numbers have the same sum: they are random, because
+            # any formula has sums of its own that are the same).
             picoseconds = round(1e12 * (latency_s[a, b] + latency_s.get((b, a), 0.0)))
-            which = number << 32 | (number * 0x9E3779B1) & 0xFFFFFFFF
-            self._weights[a][b] = self._weights[b][a] = (picoseconds << 16 | 1) << 64 | which
+            which = number << 48 | int(anything[number] * 2**32)
+            self._weights[a][b] = self._weights[b][a] = (picoseconds << 16 | 1) << 80 | which
         self._ends = ends
         self._paths = lru_cache(maxsize=1024)(self._paths_from)
 
     def find(self, start: str, end: str, down: frozenset[LinkId] = NONE_DOWN) -> tuple[str, ...]:
         """The nodes from start to end, both included; without the links that are `down`, unless there is no other way.
 
-        InputError when there is no way at all.
+        `down` has both directions of each. InputError when there is no way at all.
         """
         if start == end:
             return (start,)
@@ -73,7 +77,10 @@ class Routes:
     @cached_property
     def _core(self) -> nx.Graph[str]:
         """The nodes that forward, and the links between them."""
-        inner = {node for node, links in self._weights.items() if len(links) > 1 and node not in self._ends}
+        # A dictionary, because it keeps its order: the order of a set of names is another in every process.
+        inner = dict.fromkeys(
+            node for node, links in self._weights.items() if len(links) > 1 and node not in self._ends
+        )
         core: nx.Graph[str] = nx.Graph()
         core.add_nodes_from(inner)
         core.add_edges_from(
@@ -89,13 +96,21 @@ class Routes:
         lengths, paths = cast(Any, nx.single_source_dijkstra(core, root))
         return lengths, {node: tuple(path) for node, path in paths.items()}
 
+    def exist(self, start: str, end: str) -> bool:
+        """Whether there is any route, all links being up."""
+        if start == end or end in self._weights[start]:
+            return True
+        return not self._regions[start].isdisjoint(self._regions[end])
+
     @cached_property
-    def components(self) -> Mapping[str, int]:
-        """For every node a number that it shares with all that it can reach."""
-        graph: nx.Graph[str] = nx.Graph()
-        graph.add_nodes_from(self._weights)
-        graph.add_edges_from((a, b) for a, links in self._weights.items() for b in links)
-        return {node: number for number, of in enumerate(nx.connected_components(graph)) for node in of}
+    def _regions(self) -> Mapping[str, frozenset[int]]:
+        """The connected pieces of the core that a node is in, or that it hangs on."""
+        pieces = nx.connected_components(self._core)
+        of = {node: frozenset((number,)) for number, piece in enumerate(pieces) for node in piece}
+        none = frozenset[int]()
+        return {
+            node: of.get(node) or none.union(*(of.get(n, none) for n in links)) for node, links in self._weights.items()
+        }
 
     def __getstate__(self) -> dict[str, object]:
         # Paths are found again where they are needed; the cache does not pickle.

@@ -14,7 +14,7 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError, unknown, within
@@ -61,6 +61,15 @@ class TestbedSpec(_Spec):
     media: dict[MediumName, MediumSpec] = Field(default={}, description="what several links share, by name")
     profiles: str = Field(default="profiles", description="folder with the measured profiles, relative to this file")
 
+    @model_validator(mode="after")
+    def _one_node_of_a_name(self) -> TestbedSpec:
+        for name in self.nodes:
+            of, _, number = name.rpartition("-")
+            group = self.nodes.get(of)
+            if group is not None and group.count is not None and number in map(str, range(group.count)):
+                raise ValueError(f"nodes.{name}: there are two nodes {name!r}: it is one of the group {of!r} as well")
+        return self
+
     def members(self, name: str) -> tuple[str, ...]:
         """The nodes that a name stands for: itself, or the members of a group. KeyError for an unknown name."""
         return self._members[name]
@@ -70,7 +79,7 @@ class TestbedSpec(_Spec):
         found: dict[str, tuple[str, ...]] = {}
         for name, node in self.nodes.items():
             found[name] = (name,) if node.count is None else tuple(f"{name}-{i}" for i in range(node.count))
-        # A member by its own name; a node that is called like one is found twice by `Testbed.build`.
+        # A member by its own name as well.
         return {member: (member,) for of in found.values() for member in of} | found
 
     def pairs(self, link: LinkSpec) -> list[LinkId]:
@@ -163,10 +172,7 @@ class Testbed:
                     raise InputError(str(error), where=f"{where or spec.name}: models.{name}") from None
         nodes: dict[str, Node] = {}
         for name, s in spec.nodes.items():
-            for member in spec.members(name):
-                if member in nodes:
-                    raise InputError(f"there are two nodes {member!r}", where=f"{where or spec.name}: nodes.{name}")
-                nodes[member] = s.node(member, folder)
+            nodes |= {node.name: node for node in s.realise(spec.members(name), folder)}
         links = realise_links(spec, folder=folder, where=where, seed=seed)
         services: dict[tuple[str, str], Service] = {}
         store = folder / spec.profiles
@@ -266,7 +272,8 @@ class Testbed:
     def handovers(self, node: str, seed: int) -> Iterator[tuple[float, frozenset[LinkId]]]:
         """For a node that moves: when which of its links are down, from time 0 on.
 
-        Up are the links to the nearest cell and to what has no position; none to a cell while it is handed over.
+        Up are the links to the nearest cell and to what has no position; none to a cell while it is handed over. Now
+        and then it says the same again, on a path that goes on for ever.
         """
         mobility = self.nodes[node].mobility
         assert mobility is not None
@@ -277,36 +284,35 @@ class Testbed:
         away = {cell: frozenset(((node, cell), (cell, node))) for cell in cells}
         everywhere = frozenset[LinkId]().union(*away.values())
         changes = serving(mobility.path(stream(seed, node, "mobility")), at)
-        (_, cell), ready_s = next(changes), 0.0
-        for then_s, other in chain(changes, [(math.inf, cell)]):
-            if ready_s < then_s:  # else it moved on before it was connected
+        (_, cell), ready_s, connected = next(changes), 0.0, False
+        for then_s, other in chain(changes, [(math.inf, -1)]):
+            if not connected and ready_s < then_s:  # else it moves on before it is connected
                 yield ready_s, everywhere - away[cells[cell]]
-            if then_s < math.inf and mobility.handover:
-                yield then_s, everywhere
-            ready_s, cell = then_s + mobility.handover, other
+                connected = True
+            if other == cell:
+                yield then_s, everywhere - away[cells[cell]] if connected else everywhere
+            elif then_s < math.inf:
+                if mobility.handover:
+                    yield then_s, everywhere
+                ready_s, cell, connected = then_s + mobility.handover, other, False
 
     def without(self, down: frozenset[LinkId]) -> Testbed:
         """The same testbed while these links are down: routes lead around them."""
         return self._like(down=down)
 
     def _like(self, **changes: Any) -> Testbed:
-        """The same with some fields changed that make no difference to its routes."""
+        """The same with some fields changed that make no difference to its nodes, nor to its routes."""
         other = replace(self, **changes)
-        other.__dict__["routes"] = self.routes
+        other.__dict__.update(routes=self.routes, _servers=self._servers)
         return other
 
     def reachable(self, source: str) -> list[str]:
         """The other nodes that serve and that there is a route to, and so one back, in the order of the testbed."""
-        return [node for node in self._servers.get(self.routes.components[source], ()) if node != source]
+        return [node for node in self._servers if node != source and self.routes.exist(source, node)]
 
     @cached_property
-    def _servers(self) -> Mapping[int, list[str]]:
-        """The nodes that serve, by what they are connected with."""
-        found: dict[int, list[str]] = {}
-        for name, node in self.nodes.items():
-            if node.serves:
-                found.setdefault(self.routes.components[name], []).append(name)
-        return found
+    def _servers(self) -> list[str]:
+        return [name for name, node in self.nodes.items() if node.serves]
 
     def service(self, node: str, model: str) -> Service:
         """Service times of a model on a node. KeyError is a bug: names are checked before."""
