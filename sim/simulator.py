@@ -377,14 +377,14 @@ class _Simulation:
         self._enter(token, token.at_s)
 
     def _enter(self, token: Token, now: float) -> None:
-        """The next link. A node that is down neither sends nor forwards."""
+        """The next link. A node that is down neither sends nor forwards; what is up knows where a node has moved to."""
         leg, hop = token.leg, token.hop
         if leg.nodes[hop].up:
-            link = leg.links[hop]
-            if self._away and isinstance(link, CellLink) and not link.up:
+            if self._away and any(isinstance(link, CellLink) and not link.up for link in leg.links[hop:]):
                 token.life = leg.nodes[hop].life
                 self._reroute(token, now, now)
                 return
+            link = leg.links[hop]
             left_s = link.carry(token, now)
             if self._losing and self._losing.takes(token, now):
                 token.callbacks = ()  # it takes its time on the link, and never arrives
