@@ -128,7 +128,7 @@ class Positions(_Mobility):
         rows = table.groupby(self.node).indices
         if missing := [node for node in nodes if node not in rows]:
             raise InputError(f"has no row of node {missing[0]!r}", where=path)
-        return [self._along(numbers, rows[node], path) for node in nodes]
+        return [self._along(numbers, np.asarray(rows[node]), path) for node in nodes]
 
     def _along(self, numbers: npt.NDArray[np.float64], rows: npt.NDArray[np.int64], path: Path) -> Waypoints:
         """Through some rows of the file."""
