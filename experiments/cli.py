@@ -363,3 +363,33 @@ def bench_profile(
     with _progress("bench profile", as_json) as move:
         data = measure(model, parts=parts, progress=move) if model else measure(parts=parts, progress=move)
     emit(data) if as_json else tables.bench_profile_table(data["rows"])
+
+
+@bench.command("sim")
+def bench_sim(
+    requests: Annotated[int, typer.Option(min=1000, help="Requests of one measurement.")] = 100_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each way, in turn.")] = 5,
+    long: Annotated[int, typer.Option(min=2000, help="Requests of the run whose memory is watched.")] = 2_000_000,
+    as_json: Json = False,
+) -> None:
+    """How fast the simulator is, beside plain SimPy on the same work: requests per CPU second."""
+    from isthmus.experiments.bench_sim import bench_sim as measure
+
+    with _progress("bench sim", as_json) as move:
+        data = measure(requests=requests, repeats=repeats, long=long, progress=move)
+    emit(data) if as_json else tables.bench_sim_table(data)
+
+
+@bench.command("scale")
+def bench_scale(
+    devices: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of devices.")] = None,
+    requests: Annotated[int, typer.Option(min=1000, help="Requests per row, at least 50 per device.")] = 1_000_000,
+    as_json: Json = False,
+) -> None:
+    """What a request costs to simulate among 10 to 100 000 devices: CPU time, set-up included, and memory."""
+    from isthmus.experiments.bench_sim import SCALE
+    from isthmus.experiments.bench_sim import bench_scale as measure
+
+    with _progress("bench scale", as_json) as move:
+        rows = measure(devices=tuple(devices or SCALE), requests=requests, progress=move)
+    emit(rows) if as_json else tables.bench_scale_table(rows)

@@ -247,6 +247,14 @@ def check_emulation(experiment: Experiment) -> list[str]:
     from isthmus.real.profiler import this_machine
 
     here, said = this_machine("host"), []
+    for number, described in enumerate(experiment.testbed_spec.links):
+        for (ways, _), way in zip(experiment.testbed_spec.directed(described), ("", "back."), strict=True):
+            if features := experiment.testbed.links[ways[0]].features:
+                raise InputError(
+                    "is simulated only, so far",
+                    where=f"{experiment.where}: links[{number}].{way}{features[0]}",
+                    allowed="in emulation a link has a rate and a latency",
+                )
     for number, fault in enumerate(experiment.spec.faults):
         if not isinstance(fault, NodeFault) and not (isinstance(fault, Recurring) and fault.node and not fault.slower):
             raise InputError(
@@ -257,6 +265,12 @@ def check_emulation(experiment: Experiment) -> list[str]:
             raise InputError("is simulated only, so far", where=f"{experiment.where}: nodes.{name}.mobility")
     for name, node in experiment.testbed.nodes.items():
         where = f"{experiment.where}: nodes.{name}"
+        if node.special:
+            raise InputError(
+                f"`{node.special[0]}` is simulated only so far",
+                where=where,
+                allowed="slots and a FIFO queue in a real run",
+            )
         measured = [s for (n, _), s in experiment.testbed.services.items() if n == name and isinstance(s, Measured)]
         for service in measured:
             if (there := service.profile.machine).cpu != here.cpu:

@@ -27,9 +27,9 @@ from isthmus.experiments.run_folder import Run
 from isthmus.experiments.traces import POINTS, sampled
 from isthmus.policies.records import Kind, Outcome
 from isthmus.workloads.documents import write_text
+from isthmus.workloads.links import Link
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.routing import LinkId
-from isthmus.workloads.testbed import Link
 
 SIMULATED, REAL = "#2f6db5", "#d9772b"
 """The colours of the two worlds, here and in the template."""

@@ -228,3 +228,42 @@ def bench_profile_table(rows: Rows) -> None:
         ["model", "parts>", "mean error>", "worst>", "sessions>"],
         [[r["model"], r["parts"], percent(r["mean_error"]), percent(r["worst_error"]), r["sessions"]] for r in rows],
     )
+
+
+def bench_sim_table(data: Mapping[str, Any]) -> None:
+    ways = [
+        ("plain SimPy, the same work", "simpy", None),
+        ("plain SimPy, without the way back", "simpy_one_way", None),
+        ("isthmus, requests and spans written", "", ("ratio", "ratio_to_one_way")),
+        ("isthmus, requests written", "_without_spans", ("ratio_without_spans", "ratio_to_one_way_without_spans")),
+    ]
+    rows = []
+    for said, name, ratios in ways:
+        key = f"{name}_requests_per_cpu_s" if ratios is None else f"requests_per_cpu_s{name}"
+        rows.append([said, f"{data[key]:,.0f}", *(f"{data[ratio]:.2f}" for ratio in ratios or ())])
+    table(
+        f"{data['requests']:,} requests, medians of {data['repeats']} turns",
+        ["way", "requests per\nCPU second>", "times\nSimPy>", "times SimPy\none way>"],
+        [row + [None] * (4 - len(row)) for row in rows],
+        caption=f"Mean latency {milliseconds(data['mean_latency_s'])} ms, of plain SimPy "
+        f"{milliseconds(data['simpy_mean_latency_s'])} ms, in theory {milliseconds(data['theory_s'])} ms. Memory grows "
+        f"by {show_bytes(data['rss_growth_bytes'])} from 100,000 to {data['long_requests']:,} requests.",
+    )
+
+
+def bench_scale_table(rows: Rows) -> None:
+    table(
+        "What a request costs to simulate",
+        ["devices>", "requests>", "CPU µs per request>", "of which set-up>", "memory>"],
+        [
+            [
+                f"{r['devices']:,}",
+                f"{r['requests']:,}",
+                f"{r['cpu_us_per_request']:.1f}",
+                f"{r['setup_us_per_request']:.1f}",
+                show_bytes(r["rss_bytes"]),
+            ]
+            for r in rows
+        ],
+        caption="Everything that `isthmus simulate` does, spans and requests written.",
+    )

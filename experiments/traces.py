@@ -18,6 +18,7 @@ import numpy.typing as npt
 from isthmus.workloads.documents import parse, read_yaml, write_text
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.experiment import ExperimentSpec
+from isthmus.workloads.links import named_media
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.rates import Drawn, RateSpec
 from isthmus.workloads.testbed import TestbedSpec, realise_links
@@ -64,18 +65,23 @@ def find_traces(path: str | Path, *, seed: int | None = None, **columns: str | N
 
 
 def _of_links(testbed: TestbedSpec, path: Path, seed: int) -> list[Trace]:
-    """Both directions of every link; as one where they are the same rate. Of a group with drawn rates, its first."""
+    """Both directions of every link and then of every medium; as one where they are the same rate.
+
+    Of a group with drawn rates, its first. A link that has no rate of its own is left to its medium.
+    """
     links = realise_links(testbed, folder=path.parent, where=path, seed=seed)
     found = []
     for link in testbed.links:
-        (there, rate, _), (back, rate_back, _) = testbed.directed(link)
-        if links[there[0]].rate == links[back[0]].rate:
+        (there, (rate, *_)), (back, (rate_back, *_)) = testbed.directed(link)
+        if rate is not None and links[there[0]].rate == links[back[0]].rate:
             found.append(Trace(" ⇄ ".join(link.between), _kind(rate, seed), links[there[0]].rate))
             continue
         for ends, ways, spec in ((link.between, there, rate), (link.between[::-1], back, rate_back)):
-            named = ways[0] if isinstance(spec, Drawn) else ends
-            found.append(Trace(" → ".join(named), _kind(spec, seed), links[ways[0]].rate))
-    return found
+            if spec is not None:
+                named = ways[0] if isinstance(spec, Drawn) else ends
+                found.append(Trace(" → ".join(named), _kind(spec, seed), links[ways[0]].rate))
+    media = {link.medium.name: link.medium.rate for link in links.values() if link.medium is not None}
+    return found + [Trace(name, _kind(rate, seed), media[name]) for name, rate in named_media(testbed.media)]
 
 
 def _kind(rate: RateSpec, seed: int) -> str:

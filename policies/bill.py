@@ -13,7 +13,8 @@ _BUSY = frozenset((Kind.DECIDE, Kind.COMPUTE, Kind.ENCODE, Kind.DECODE, Kind.LOA
 def energy_j(spans: Sequence[Span], testbed: Testbed) -> float | None:
     """Joules on top of idling: busy power while computing, radio power of both ends while bytes flow.
 
-    None where no power is given.
+    Every request that a batch or a shared processor serves at the same time pays the whole of it: what a node took
+    in all is in the run's totals. None where no power is given.
     """
     if not testbed.has_power:
         return None

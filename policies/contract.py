@@ -44,6 +44,7 @@ class NodeBelief:
     """Since something was last heard of the node; None: never."""
     up: bool = True
     battery_j: float | None = None
+    """What is left, of the controller's own node where it has a battery; None of all others."""
 
 
 @dataclass(frozen=True, slots=True)

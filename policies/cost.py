@@ -18,6 +18,7 @@ import numpy.typing as npt
 from isthmus.policies.contract import View
 from isthmus.policies.plan import Compiled, Message, Plan, split
 from isthmus.policies.records import Kind, Span
+from isthmus.workloads.errors import InputError
 from isthmus.workloads.model import Model
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import Testbed
@@ -77,7 +78,8 @@ def predict(compiled: Compiled, view: View) -> list[Span]:
         link = message.links[number]
         place = f"{link[0]}>{link[1]}"
         start = max(now, link_free[link])
-        left = link_free[link] = start + message.wire_bytes / view.links[link].rate_bytes_per_s
+        wire = message.wire_bytes + testbed.links[link].overhead_bytes
+        left = link_free[link] = start + wire / view.links[link].rate_bytes_per_s
         arrived = left + testbed.links[link].latency_s
         took(Kind.WAIT, place, now, start, message.source)
         took(Kind.SEND, place, start, arrived, message.source, message.wire_bytes)
@@ -112,8 +114,8 @@ def latency_s(spans: list[Span]) -> float:
 class Splits:
     """Every split of a model along one route in which only `computing` nodes run a part, raw fp32 on the wire.
 
-    Rows are splits: `cuts` (n, nodes-1); `compute_s` (n, nodes) mean seconds on each node; `there_bytes` and
-    `back_bytes` (n, nodes-1) over each link of the route and back.
+    What does not fit into the memory of its node is none. Rows are splits: `cuts` (n, nodes-1); `compute_s` (n, nodes)
+    mean seconds on each node; `there_bytes` and `back_bytes` (n, nodes-1) over each link of the route and back.
     """
 
     model: Model
@@ -125,8 +127,10 @@ class Splits:
 
     @classmethod
     def along(cls, testbed: Testbed, model: Model, route: tuple[str, ...], computing: frozenset[str]) -> Splits:
+        """InputError when there is no such split that fits into the memory of its nodes."""
         last, hops = len(model.blocks), len(route) - 1
         places = [i for i, node in enumerate(route) if node in computing]
+        limited = [node for node in route if testbed.nodes[node].memory_bytes is not None]
         rows = []
         for inner in combinations_with_replacement(range(last + 1), len(places) - 1):
             bounds = dict(zip(places, (*inner, last), strict=True))  # after which cut each computing node stops
@@ -134,7 +138,14 @@ class Splits:
             for i in range(hops):
                 stop = bounds.get(i, stop)
                 row.append(stop)
-            rows.append(row)
+            if all(
+                testbed.nodes[node].holds(model, model.span(a, b))
+                for node, a, b in zip(route, (0, *row), (*row, last), strict=True)
+                if a < b and node in limited
+            ):
+                rows.append(row)
+        if not rows:
+            raise InputError(f"no split of {model.name!r} fits into the memory of the nodes {', '.join(route)}")
         cuts = np.array(rows, dtype=np.int64).reshape(len(rows), hops)
         before = np.hstack([np.zeros((len(rows), 1), dtype=np.int64), cuts])
         after = np.hstack([cuts, np.full((len(rows), 1), last)])
@@ -171,7 +182,7 @@ class Splits:
 
     def latency_s(self, view: View, *, queues: bool = True, finish: Finish | None = None) -> Floats:
         """Predicted seconds of every split, (n,). Without `queues` nothing waits; `finish` replaces believed rates."""
-        links, latency = view.links, {i: link.latency_s for i, link in view.testbed.links.items()}
+        links, known = view.links, view.testbed.links
 
         def believed(link: LinkId, start: Floats, size: Floats) -> Floats:
             return np.asarray(start + size / links[link].rate_bytes_per_s)
@@ -184,7 +195,8 @@ class Splits:
             if queues and links[link].queued_bytes:
                 free = end(link, np.zeros(1), np.full(1, links[link].queued_bytes))
                 start = np.maximum(now, free)
-            return np.where(size > 0, end(link, start, size) + latency[link], now)
+            left = end(link, start, size + known[link].overhead_bytes)
+            return np.where(size > 0, left + known[link].latency_s, now)
 
         for i, node in enumerate(self.route):
             seconds = self.compute_s[:, i]
@@ -203,8 +215,9 @@ class Splits:
         energy = power.busy * self.compute_s[:, 0]
         if self.links:
             a, b = self.links[0]
-            energy = energy + power.tx * self.there_bytes[:, 0] / view.links[a, b].rate_bytes_per_s
-            energy = energy + power.rx * self.back_bytes[:, 0] / view.links[b, a].rate_bytes_per_s
+            for way, watts, size in (((a, b), power.tx, self.there_bytes), ((b, a), power.rx, self.back_bytes)):
+                wire = size[:, 0] + view.testbed.links[way].overhead_bytes * (size[:, 0] > 0)
+                energy = energy + watts * wire / view.links[way].rate_bytes_per_s
         return np.asarray(energy)
 
     def uses(self, view: View) -> npt.NDArray[np.bool_]:
@@ -223,11 +236,19 @@ def all_splits(testbed: Testbed, model: Model, source: str) -> list[Splits]:
     """Splits along every route from the source, of at most `TIERS` computing nodes, the source's own among them.
 
     A split that uses the start of several routes only, such as the whole model on the source, appears for each.
+    InputError when none fits into the memory of its nodes.
     """
     routes = [testbed.route(source, node) for node in testbed.reachable(source)]
     longest = [r for r in routes if not any(o != r and o[: len(r)] == r for o in routes)] or [(source,)]
     found: list[Splits] = []
+    nothing = InputError(f"no split of {model.name!r}")
     for route in sorted(longest):
         groups = {frozenset((source, *rest)) for rest in combinations(route[1:], min(TIERS, len(route)) - 1)}
-        found.extend(Splits.along(testbed, model, route, group) for group in sorted(groups, key=sorted))
+        for group in sorted(groups, key=sorted):
+            try:
+                found.append(Splits.along(testbed, model, route, group))
+            except InputError as error:
+                nothing = error
+    if not found:
+        raise nothing
     return found

@@ -11,8 +11,9 @@ when, and returns what to do next. A shell carries the actions out and reports b
     end ──> Record, for all that is still open
 
 An attempt that is lost is followed by one in which the policy decides anew, that by the whole model on the source,
-and that by the outcome `failed`. The first answer to a request counts, whichever attempt it is of; later ones do not. A
-node that has no room refuses a request, and that is its end: `dropped`; trying again would only add to the load.
+and that, or a source that cannot hold the whole model, by the outcome `failed`. The first answer to a request counts,
+whichever attempt it is of; later ones do not. A node that has no room refuses a request, and that is its end:
+`dropped`; trying again would only add to the load.
 """
 
 from __future__ import annotations
@@ -155,6 +156,11 @@ class Dispatcher:
 
     # What the shell tells
 
+    def battery_is(self, joules: float) -> None:
+        """What is left in the battery of the source; told before what a decision may follow from."""
+        if self._estimators is not None:
+            self._estimators.battery_is(self.source, joules)
+
     def arrive(self, request: Request, now_s: float) -> Sequence[Action]:
         """A request arrived."""
         if self._down and self.source in self._down:
@@ -244,6 +250,8 @@ class Dispatcher:
     def _start(self, request: Request, attempt: int, now_s: float) -> Sequence[Action]:
         decided = attempt <= RETRIES + 1
         compiled = self._decide(request, attempt, now_s) if decided else self._fallback(request)
+        if compiled is None:
+            return (self._close(request, attempt, None, Outcome.FAILED, f"{self.source} cannot hold {request.model}"),)
         start = self._open[request.number] = new(Start, (request, attempt, compiled, decided))
         if self._estimators is not None:
             self._estimators.start(request.number, attempt, compiled)
@@ -251,10 +259,14 @@ class Dispatcher:
             return (start,)
         return start, Timer(now_s + request.timeout_s, request.number, attempt)
 
-    def _fallback(self, request: Request) -> Compiled:
-        return self._compile(whole_on(self._testbed.models[request.model], self.source), request.model, self.source)
+    def _fallback(self, request: Request) -> Compiled | None:
+        """The whole model on the source; None where its memory is too small for that."""
+        model = self._testbed.models[request.model]
+        if not self._testbed.nodes[self.source].holds(model, model.whole()):
+            return None
+        return self._compile(whole_on(model, self.source), request.model, self.source)
 
-    def _decide(self, request: Request, attempt: int, now_s: float) -> Compiled:
+    def _decide(self, request: Request, attempt: int, now_s: float) -> Compiled | None:
         view = self.view(now_s)
         try:
             plan = self.policy.decide(request, view)

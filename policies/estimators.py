@@ -94,6 +94,7 @@ class Estimators:
         self._open: dict[tuple[int, int], _Open] = {}
         self._leaving: list[tuple[float, int, int, int]] = []
         self._work: dict[Compiled, tuple[float, ...]] = {}
+        self._battery_j: dict[str, float] = {}
         self._down: frozenset[LinkId] = NONE_DOWN
 
     def start(self, number: int, attempt: int, compiled: Compiled) -> None:
@@ -135,10 +136,12 @@ class Estimators:
                 self._saw(span.place, now_s)
             elif span.kind is Kind.SEND and span.bytes:
                 a, _, b = span.place.partition(">")
-                flowing_s = span.end_s - span.start_s - self._known.links[a, b].latency_s
+                known = self._known.links[a, b]
+                flowing_s = span.end_s - span.start_s - known.latency_s
                 if flowing_s > 0:
                     state = self._links.get((a, b)) or self._fresh((a, b))
-                    rate = self._rate((a, b), state, now_s) * (1 - GAIN) + GAIN * span.bytes / flowing_s
+                    seen = (span.bytes + known.overhead_bytes) / flowing_s
+                    rate = self._rate((a, b), state, now_s) * (1 - GAIN) + GAIN * seen
                     self._links[a, b] = _Link(rate, now_s, state.queued_bytes)
 
     def node_is(self, node: str, *, up: bool, now_s: float) -> None:
@@ -148,6 +151,10 @@ class Estimators:
                 self.end(number, attempt, (), now_s)
         state = self._nodes.get(node, _UNSEEN)
         self._nodes[node] = state._replace(seen_s=now_s, up=up)
+
+    def battery_is(self, node: str, joules: float) -> None:
+        """What is left in the battery of a node; nobody but its own controller is told."""
+        self._battery_j = {node: joules}  # not changed in place: a view keeps the one that it was made from
 
     def links_are(self, down: frozenset[LinkId]) -> None:
         """Exactly these links are down."""
@@ -172,12 +179,12 @@ class Estimators:
 
     def nodes(self, now_s: float) -> Mapping[str, NodeBelief]:
         """What is believed of every node now."""
-        states, known = self._nodes.copy(), self._known.nodes
+        states, known, battery_j = self._nodes.copy(), self._known.nodes, self._battery_j
 
         def belief(node: str) -> NodeBelief:
             work_s, stages, seen_s, up = states.get(node, _UNSEEN)
             age_s = None if seen_s is None else now_s - seen_s
-            return NodeBelief(max(work_s, 0.0) / known[node].slots, stages, age_s, up)
+            return NodeBelief(max(work_s, 0.0) / known[node].slots, stages, age_s, up, battery_j.get(node))
 
         return Beliefs(known, belief)
 

@@ -30,5 +30,5 @@ class LeastDelay:
             row = int(np.argmin(costs))
             if best is None or costs[row] < best[0]:
                 best = float(costs[row]), splits.plan(row)
-        assert best is not None  # all_splits has at least the whole model on the source
+        assert best is not None  # all_splits finds some, or says that there is none
         return best[1]

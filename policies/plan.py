@@ -15,6 +15,7 @@ from isthmus.workloads.errors import InputError, unknown
 from isthmus.workloads.model import Model, Part
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import Testbed
+from isthmus.workloads.units import show_bytes
 
 RAW = "fp32"
 """The codec that sends a tensor as it is, whatever its type."""
@@ -210,6 +211,10 @@ def _check_parts(plan: Plan, model: Model, testbed: Testbed) -> None:
             raise InputError(f"{stage.part} repeats layers of an earlier stage", where=where)
         if not model.is_convex(layers):
             raise InputError(f"{stage.part} is not convex: data leaves it and comes back", where=where)
+        node = testbed.nodes[stage.node]
+        if not node.holds(model, stage.part):
+            needs, has = show_bytes(node.needs_bytes(model, stage.part)), show_bytes(node.memory_bytes or 0)
+            raise InputError(f"{stage.part} needs {needs} of memory, and node {stage.node!r} has {has}", where=where)
         seen |= layers
     if missing := model.everything & ~seen:
         raise InputError(f"layers missing from the plan: {Part(model.name, missing)}")

@@ -14,15 +14,14 @@ class Constant:
     """Base of policies that give a source the same plan for a model for ever, whatever the view."""
 
     def __init__(self) -> None:
-        self._plans: dict[tuple[str, str], Plan] = {}
+        self._last: tuple[str, str, Plan] | None = None
 
     @blind
     def decide(self, request: Request, view: View) -> Plan:
-        key = request.source, request.model
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self.plan(request, view)
-        return plan
+        last = self._last  # there is one policy per source, and a source has one model
+        if last is None or last[0] != request.source or last[1] != request.model:
+            last = self._last = request.source, request.model, self.plan(request, view)
+        return last[2]
 
     def plan(self, request: Request, view: View) -> Plan:
         """The plan for all requests like this one."""

@@ -38,10 +38,11 @@ from isthmus.real.timeline import Clock, Timeline
 from isthmus.workloads.codecs import codec
 from isthmus.workloads.errors import IsthmusError, RunFailure
 from isthmus.workloads.model import Part
+from isthmus.workloads.nodes import Node
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.requests import Request
 from isthmus.workloads.service import Synthetic
-from isthmus.workloads.testbed import Node, Testbed
+from isthmus.workloads.testbed import Testbed
 from isthmus.workloads.transmitter import Transmitter
 
 TOLERANCE = 1e-5

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from isthmus.sim.token import Token
 from isthmus.workloads.errors import InputError, unknown
-from isthmus.workloads.faults import Fault, LinkFault, LostMessages, factor
+from isthmus.workloads.faults import Fault, LinkFault, LostMessages, SlowNode, factor
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.routing import LinkId
@@ -29,18 +29,24 @@ def check_place(fault: Fault, testbed: Testbed) -> None:
 
 
 def afflicted(testbed: Testbed, faults: Sequence[Fault]) -> Testbed:
-    """The testbed with rates as faults leave them. Nobody who decides is shown it."""
+    """The testbed with rates and speeds as faults leave them. Nobody who decides is shown it."""
     outages: dict[LinkId, list[tuple[float, float, float]]] = {}
+    straggling: dict[str, list[tuple[float, float, float]]] = {}
     for fault in faults:
         if isinstance(fault, LinkFault):
             for link in (fault.link, fault.link[::-1]):
                 outages.setdefault(link, []).append((fault.down, fault.end_s, 0.0))
-    if not outages:
+        elif isinstance(fault, SlowNode):
+            straggling.setdefault(fault.node, []).append((fault.start, fault.end_s, 1 / fault.slower))
+    if not outages and not straggling:
         return testbed
-    links = dict(testbed.links)
+    links, nodes = dict(testbed.links), dict(testbed.nodes)
     for link, spans in outages.items():
         links[link] = replace(links[link], rate=links[link].rate.times(as_rate(spans)))
-    return replace(testbed, links=links)
+    for name, spans in straggling.items():
+        usual = nodes[name].speed or Rate.constant(1.0)
+        nodes[name] = replace(nodes[name], speed=usual.times(as_rate(spans)))
+    return replace(testbed, links=links, nodes=nodes)
 
 
 def as_rate(spans: Iterable[tuple[float, float, float]]) -> Rate:
@@ -58,12 +64,9 @@ class Losses:
         self._noise: dict[tuple[str, str], Uniforms] = {}
         for fault in faults:
             if isinstance(fault, LostMessages):
-                while_s = fault.start, math.inf if fault.end is None else fault.end, fault.lose
+                while_s = fault.start, fault.end_s, fault.lose
                 for a, b in (fault.link, fault.link[::-1]):
                     self._by_place.setdefault(f"{a}>{b}", []).append(while_s)
-
-    def __bool__(self) -> bool:
-        return bool(self._by_place)
 
     def takes(self, token: Token, now_s: float) -> bool:
         """Whether a message that enters a link now is lost there."""

@@ -40,7 +40,7 @@ class Arrivals(Armed, Generic[Home]):
         self._clock, self._arrive, self._exhausted, self._this = clock, arrive, exhausted, (self._happen,)
         self._sources = sources
         self._waiting = [next(requests, None) for _, requests in sources]  # the next one of each
-        self._next_s = np.array([math.inf if it is None else it.arrival_s for it in self._waiting])
+        self._next_s = np.array([math.inf if it is None else it.arrival_s for it in self._waiting], dtype=float)
         # A first arrival is about one interval from the start; windows adapt to what they hold.
         first_s = self._next_s[self._next_s < math.inf]
         self._width_s = float(first_s.mean()) if len(first_s) else 0.0

@@ -6,33 +6,41 @@ sent again, from its first byte, by whichever way there then is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from isthmus.policies.records import Kind
-from isthmus.sim.clock import Callbacks, Clock
-from isthmus.sim.link import FifoLink
+from isthmus.sim.clock import Callbacks
+from isthmus.sim.link import Carrier, LinkTotals
 from isthmus.sim.token import Token
-from isthmus.workloads.testbed import Link
 
 
 class CellLink:
-    """Carries nothing while it is not `up`; whoever sends has to look."""
+    """`make` makes the link that carries. It carries nothing while it is not `up`; whoever sends has to look."""
 
     __slots__ = ("_arrived", "_inner", "_riders", "place", "up")
 
-    def __init__(self, clock: Clock, link: Link, arrived: Callbacks) -> None:
-        self._inner = FifoLink(clock, link, (self._over,))
+    def __init__(self, make: Callable[[Callbacks], Carrier], arrived: Callbacks) -> None:
+        self._inner = make((self._over,))
         self._arrived = arrived
         self._riders: dict[Token, None] = {}  # in the order in which they came
         self.place, self.up = self._inner.place, True
 
-    def carry(self, token: Token, now_s: float) -> float:
-        """A message enters; the time at which its last byte leaves, if nothing comes between."""
+    def carry(self, token: Token, now_s: float) -> float | None:
+        """A message enters; the time at which its last byte leaves, if that is known and nothing comes between."""
         self._riders[token] = None
         token.life = token.leg.nodes[token.hop].life
         return self._inner.carry(token, now_s)
 
     def lose(self, token: Token) -> None:
-        """A message that has entered takes its time, and never arrives, nor is it sent again."""
+        """It is not sent again either."""
         del self._riders[token]
+        self._inner.lose(token)
+
+    def reset(self, now_s: float) -> None:
+        self._inner.reset(now_s)
+
+    def totals(self, now_s: float) -> LinkTotals:
+        return self._inner.totals(now_s)
 
     def cut(self, now_s: float) -> list[Token]:
         """The node has moved on. What was under way, as if it had not set out."""

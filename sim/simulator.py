@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from isthmus.policies.contract import Policy, View, is_oracle
 from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
@@ -30,18 +30,20 @@ from isthmus.sim.affliction import Losses, afflicted, check_place
 from isthmus.sim.arrivals import Arrivals
 from isthmus.sim.cell_link import CellLink
 from isthmus.sim.clock import Clock, few_collections
-from isthmus.sim.link import FifoLink
-from isthmus.sim.node import FifoNode
+from isthmus.sim.link import Carrier, LinkTotals
+from isthmus.sim.links import link_maker
+from isthmus.sim.node import NodeTotals, Place
+from isthmus.sim.nodes import make_node
 from isthmus.sim.token import Token
 from isthmus.sim.wiring import Leg, Wired, Wiring
-from isthmus.workloads.faults import Fault, LinkFault, NodeFault, merged
+from isthmus.workloads.faults import Fault, LinkFault, LostMessages, NodeFault, merged
 from isthmus.workloads.requests import ClosedLoop, Request
 from isthmus.workloads.routing import NONE_DOWN, LinkId
 from isthmus.workloads.testbed import Testbed
 
 Watch = Callable[[Request, int, View, Plan], None]
 
-COMPUTE, WAIT = Kind.COMPUTE, Kind.WAIT
+COMPUTE, LOAD, WAIT = Kind.COMPUTE, Kind.LOAD, Kind.WAIT
 NO_SPANS = Answer()
 new = tuple.__new__  # makes a named tuple in half the time
 
@@ -52,6 +54,13 @@ class Durations(Protocol):
     def decide_s(self, request: Request, attempt: int) -> float: ...
 
     def compute_s(self, request: Request, attempt: int, stage: int, compiled: Compiled) -> float: ...
+
+
+class Totals(NamedTuple):
+    """What every node and every link did in a run."""
+
+    nodes: list[NodeTotals]
+    links: list[LinkTotals]
 
 
 def simulate(
@@ -67,24 +76,26 @@ def simulate(
     durations: Durations | None = None,
     watch: Watch | None = None,
     spans: bool = True,
-) -> None:
+) -> Totals:
     """Simulate the requests of every source, each under its own policy; `sink` gets each record as it is closed.
 
     Requests are taken one by one, in order of their arrival, so they may be drawn meanwhile. A closed loop is told when
-    a request has ended, and asked for the next. The run ends when nothing
-    is left to happen, and at the latest `drain_s` after the last arrival; what is open then is `unfinished`.
+    a request has ended, and asked for the next. The run ends when nothing is left to happen, and at the latest
+    `drain_s` after the last arrival; what is open then is `unfinished`. Returned is what every node and link did.
     `durations` replaces drawn service and decision times (a real run's own, for the structural error). Without `spans`
     records have none. Raises PolicyFailure when a policy raises or plans the impossible.
     """
     for fault in faults:
         check_place(fault, testbed)
-    _Simulation(testbed, requests, policies, sink, seed, name, merged(faults), drain_s, durations, watch, spans).run()
+    run = _Simulation(testbed, requests, policies, sink, seed, name, merged(faults), drain_s, durations, watch, spans)
+    run.run()
+    return run.totals()
 
 
 class Home:
     """A source: its dispatcher, and its closed loop if it has one."""
 
-    __slots__ = ("decide_s", "dispatcher", "estimates", "loop", "node", "spans", "users", "wired")
+    __slots__ = ("battery", "decide_s", "dispatcher", "estimates", "loop", "node", "spans", "users", "wired")
 
     wired: Wired | None
     """The plan that it used last."""
@@ -94,12 +105,13 @@ class Home:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        node: FifoNode,
+        node: Place,
         loop: ClosedLoop | None,
         decide_s: float,
         spans: bool,
     ) -> None:
         self.dispatcher, self.node, self.loop, self.decide_s, self.wired = dispatcher, node, loop, decide_s, None
+        self.battery = node.battery
         self.estimates, self.spans = dispatcher.estimates, spans or dispatcher.wants_spans
 
 
@@ -122,19 +134,25 @@ class _Simulation:
         self.testbed, self.sink, self.drain_s, self.durations, self.spans = testbed, sink, drain_s, durations, spans
         self._arrived_at, self._received_at = (self._arrived,), (self._received_later,)
         self._answered_at = (self._answered,)
-        self.nodes = {n: FifoNode(self.clock, n, it.slots, (self._computed,)) for n, it in testbed.nodes.items()}
+        world, computed = afflicted(testbed, faults), (self._computed,)
+        self.nodes = {
+            n: make_node(self.clock, testbed, it, computed, self._refused, partial(self._node_is, n, up=False))
+            for n, it in world.nodes.items()
+        }
         moving = {name for name, node in testbed.nodes.items() if node.mobility is not None}
-        self.links: dict[LinkId, FifoLink | CellLink] = {
-            i: CellLink(self.clock, link, self._arrived_at)
+        batteries = {n: node.battery for n, node in self.nodes.items() if node.battery is not None}
+        make = link_maker(world, self.clock, seed, self._left, batteries)
+        self.links: dict[LinkId, Carrier] = {
+            i: CellLink(partial(make, link), self._arrived_at)
             if moving and not moving.isdisjoint(i)
-            else FifoLink(self.clock, link, self._arrived_at)
-            for i, link in afflicted(testbed, faults).links.items()
+            else make(link, self._arrived_at)
+            for i, link in world.links.items()
         }
         self._cut = NONE_DOWN  # links that a fault holds up
         self._away = dict.fromkeys(moving, NONE_DOWN)  # links to cells that do not serve a node
         self._stranded: list[tuple[Token, float]] = []  # messages for which there is no way now, and since when
         self._following = 0  # nodes whose next change of links is in the clock's heap
-        self._losing = Losses(faults, seed)
+        self._losses = Losses(faults, seed) if any(isinstance(f, LostMessages) for f in faults) else None
         self._wire = Wiring(testbed, self.nodes, self.links, seed)
         self._wake_s = testbed.overheads.wake_s
         compiler = Compiler(testbed)
@@ -185,6 +203,17 @@ class _Simulation:
             raise
         self._close_all("run ended")
 
+    def totals(self) -> Totals:
+        now = float(self.clock.now)
+        links = {i: link.totals(now) for i, link in self.links.items()}
+        radio_j, sent = dict.fromkeys(self.nodes, 0.0), dict.fromkeys(self.nodes, 0)
+        for (a, b), link in links.items():
+            radio_j[a] += self.testbed.nodes[a].power.tx * link.air_s
+            radio_j[b] += self.testbed.nodes[b].power.rx * link.air_s
+            sent[a] += link.bytes
+        nodes = [node.totals(now, radio_j=radio_j[n], sent_bytes=sent[n]) for n, node in self.nodes.items()]
+        return Totals(nodes, list(links.values()))
+
     def _close_all(self, reason: str) -> None:
         for home in self.homes.values():
             for record in home.dispatcher.end(reason=reason):
@@ -201,6 +230,8 @@ class _Simulation:
 
     def _arrive(self, home: Home, request: Request, now: float) -> None:
         self._open += 1
+        if home.battery is not None:
+            self._look_at_battery(home, now)
         self._carry_out(home, home.dispatcher.arrive(request, now), now)
 
     def _begin_loop(self, home: Home) -> None:
@@ -219,6 +250,7 @@ class _Simulation:
 
     def _asked(self, home: Home, request: Request) -> None:
         now = request.arrival_s
+        self._look_at_battery(home, now)
         self._carry_out(home, home.dispatcher.arrive(request, now), now)
 
     def _ask_again(self, home: Home, loop: ClosedLoop, now: float) -> None:
@@ -252,16 +284,25 @@ class _Simulation:
         if not self._over.triggered:
             self._over.succeed()
 
+    def _look_at_battery(self, home: Home, now: float) -> None:
+        """Before its dispatcher decides: what is left at the source."""
+        if home.battery is not None:
+            home.dispatcher.battery_is(home.battery.left_j(now))
+
     def _timer(self, home: Home, timer: Timer) -> None:
+        self._look_at_battery(home, timer.at_s)
         self._carry_out(home, home.dispatcher.timer(timer.number, timer.attempt, timer.at_s), timer.at_s)
 
     def _node_is(self, node: str, *, up: bool) -> None:
-        now = float(self.clock.now)
-        if up:
-            self.nodes[node].come_up()
+        now, place = float(self.clock.now), self.nodes[node]
+        if not up:
+            place.go_down(now)
+        elif place.battery is not None and place.battery.is_empty:
+            return
         else:
-            self.nodes[node].go_down()
+            place.come_up(now)
         for home in self.homes.values():
+            self._look_at_battery(home, now)
             self._carry_out(home, home.dispatcher.node_is(node, up=up, now_s=now), now)
 
     # Links come and go
@@ -329,9 +370,9 @@ class _Simulation:
             self._stranded.append((token, since_s))
             return
         # The source knows the loads of its plan; of those of another way it only knows that the message left.
-        tells = (leg.tells[hop] and hop == 0, *(False for _ in links[1:]))
+        tells, nth = (leg.tells[hop] and hop == 0, *(False for _ in links[1:])), (leg.nth[hop],) * len(links)
         nodes, carriers = tuple(self.nodes[name] for name in path), tuple(self.links[link] for link in links)
-        token.leg, token.hop = replace(leg, nodes=nodes, links=carriers, tells=tells), 0
+        token.leg, token.hop = replace(leg, nodes=nodes, links=carriers, tells=tells, nth=nth), 0
         if now > since_s and token.spans is not None:
             span = Span(WAIT, carriers[0].place, since_s, now, token.start.attempt, leg.source)
             token.spans.append(span)
@@ -356,7 +397,8 @@ class _Simulation:
         self._send(token, wired.first, now)
 
     def _decided(self, token: Token) -> None:
-        self._send(token, token.wired.first, token.at_s)
+        if token.home.node.up:
+            self._send(token, token.wired.first, token.at_s)
 
     def _send(self, token: Token, legs: tuple[Leg, ...], now: float) -> None:
         """What leaves a stage, or the source. The token goes with the last message, forks of it with the others."""
@@ -369,39 +411,43 @@ class _Simulation:
             self._received(token, now)
         elif leg.encode_s > 0:
             self._took(token, Kind.ENCODE, leg.nodes[0], now, now + leg.encode_s, leg.source)
-            self.clock.arm(token, now + leg.encode_s, (self._enter_later,))
+            self.clock.arm(token, now + leg.encode_s, (self._encoded,))
         else:
             self._enter(token, now)
 
-    def _enter_later(self, token: Token) -> None:
-        self._enter(token, token.at_s)
+    def _encoded(self, token: Token) -> None:
+        if token.leg.nodes[0].up:
+            self._enter(token, token.at_s)
 
     def _enter(self, token: Token, now: float) -> None:
-        """The next link. A node that is down neither sends nor forwards; what is up knows where a node has moved to."""
+        """The next link. A node that is up knows where others have moved to."""
         leg, hop = token.leg, token.hop
-        if leg.nodes[hop].up:
-            if self._away and any(isinstance(link, CellLink) and not link.up for link in leg.links[hop:]):
-                token.life = leg.nodes[hop].life
-                self._reroute(token, now, now)
-                return
-            link = leg.links[hop]
-            left_s = link.carry(token, now)
-            if self._losing and self._losing.takes(token, now):
-                token.callbacks = ()  # it takes its time on the link, and never arrives
-                if isinstance(link, CellLink):
-                    link.lose(token)
-            if leg.tells[hop] and token.home.estimates:
-                start = token.start
-                token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, left_s)
+        if self._away and any(isinstance(link, CellLink) and not link.up for link in leg.links[hop:]):
+            token.life = leg.nodes[hop].life
+            self._reroute(token, now, now)
+            return
+        left_s = leg.links[hop].carry(token, now)
+        if self._losses is not None and self._losses.takes(token, now):
+            leg.links[hop].lose(token)
+        if token.home.estimates and left_s is not None:
+            self._left(token, left_s)
+
+    def _left(self, token: Token, at_s: float) -> None:
+        """The last byte leaves a link: at once, or at a time that was known when the message entered."""
+        leg, hop, start = token.leg, token.hop, token.start
+        if leg.tells[hop] and token.home.estimates:
+            token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, at_s)
 
     def _arrived(self, token: Token) -> None:
-        """At the far end of a link. A node that is down does not receive."""
+        """At the far end of a link. A node that is down neither receives nor forwards."""
         leg = token.leg
         hop = token.hop = token.hop + 1
         now = token.at_s
+        if not leg.nodes[hop].up:
+            return
         if hop < len(leg.links):
             self._enter(token, now)
-        elif leg.nodes[hop].up:
+        else:
             if leg.decode_s > 0:
                 self._took(token, Kind.DECODE, leg.nodes[hop], now, now + leg.decode_s, leg.source)
                 self.clock.arm(token, now + leg.decode_s, self._received_at)
@@ -437,24 +483,37 @@ class _Simulation:
     def _computed(self, token: Token) -> None:
         stage, now = token.leg.target, token.at_s
         step = token.wired.steps[stage]
-        if token.life != step.node.life:
+        node = step.node
+        if token.life != node.life:
             return  # the node went meanwhile
-        spans = token.spans
+        spans, begun_s, ready_s = token.spans, token.begun_s, token.ready_s
+        node.served += 1
+        node.waited_s += begun_s - ready_s
         if spans is not None:
-            attempt, begun_s = token.start.attempt, token.begun_s
-            if begun_s > token.ready_s:
-                spans.append(new(Span, (WAIT, step.node.name, token.ready_s, begun_s, attempt, stage, None)))
+            attempt = token.start.attempt
+            if begun_s > ready_s:
+                spans.append(new(Span, (WAIT, node.name, ready_s, begun_s, attempt, stage, None)))
+            if node.memory is not None and token.loaded_s > begun_s:
+                spans.append(new(Span, (LOAD, node.name, begun_s, token.loaded_s, attempt, stage, None)))
+                begun_s = token.loaded_s
             if now > begun_s:
-                spans.append(new(Span, (COMPUTE, step.node.name, begun_s, now, attempt, stage, None)))
+                spans.append(new(Span, (COMPUTE, node.name, begun_s, now, attempt, stage, None)))
         if step.own and token.home.estimates:
             token.home.dispatcher.stage_done(token.start.request.number, token.start.attempt, stage, now)
         self._send(token, step.sends, now)
+
+    def _refused(self, token: Token, reason: str, now_s: float) -> None:
+        """A node had no room for a token."""
+        home, start = token.home, token.start
+        said = home.dispatcher.refused(start.request.number, start.attempt, reason, now_s, token.spans or ())
+        self._carry_out(home, said, now_s)
 
     def _answered(self, token: Token) -> None:
         home, start, now = token.home, token.start, token.at_s
         answer = NO_SPANS if token.spans is None else new(Answer, (token.spans, None, None, None))
         self._carry_out(home, home.dispatcher.answer(start.request.number, start.attempt, answer, now), now)
 
-    def _took(self, token: Token, kind: Kind, node: FifoNode, start_s: float, end_s: float, stage: int) -> None:
+    def _took(self, token: Token, kind: Kind, node: Place, start_s: float, end_s: float, stage: int) -> None:
+        node.work_aside(end_s, start_s)
         if token.spans is not None:
             token.spans.append(Span(kind, node.name, start_s, end_s, token.start.attempt, stage))

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 class Token(Armed):
     """`spans` and `missing` are shared by all tokens of an attempt; None where nobody asks for them."""
 
-    __slots__ = ("begun_s", "home", "hop", "leg", "life", "missing", "ready_s", "spans", "start", "wired")
+    __slots__ = ("begun_s", "home", "hop", "leg", "life", "loaded_s", "missing", "ready_s", "spans", "start", "wired")
 
     leg: Leg
     hop: int
     ready_s: float
     begun_s: float
+    loaded_s: float
+    """When its part was there; only at a node whose memory is limited."""
     life: int
 
     def __init__(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from isthmus.policies.plan import Compiled, Message
 from isthmus.sim.link import Carrier
-from isthmus.sim.node import FifoNode
+from isthmus.sim.node import Place
 from isthmus.workloads.model import Part
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.routing import LinkId
@@ -20,14 +20,18 @@ from isthmus.workloads.testbed import Testbed
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Leg:
-    """A message: `nodes` and `links` of its path, and whether its source node sends on each link."""
+    """A message: `nodes` and `links` of its path, and whether its source node sends on each link.
+
+    `nth` is the how-manieth of its plan's messages it is on each link.
+    """
 
     source: int
     target: int
     bytes: int
-    nodes: tuple[FifoNode, ...]
+    nodes: tuple[Place, ...]
     links: tuple[Carrier, ...]
     tells: tuple[bool, ...]
+    nth: tuple[int, ...]
     load: int
     encode_s: float
     decode_s: float
@@ -37,7 +41,7 @@ class Leg:
 class Step:
     """A stage: its node, how long it takes, and what it sends. `constant_s` where the service does not vary."""
 
-    node: FifoNode
+    node: Place
     own: bool
     constant_s: float | None
     service: Service
@@ -63,7 +67,7 @@ class Wiring:
     """Wires each compiled plan once."""
 
     def __init__(
-        self, testbed: Testbed, nodes: Mapping[str, FifoNode], links: Mapping[LinkId, Carrier], seed: int
+        self, testbed: Testbed, nodes: Mapping[str, Place], links: Mapping[LinkId, Carrier], seed: int
     ) -> None:
         self._testbed, self._nodes, self._links, self._seed = testbed, nodes, links, seed
         self._wired: dict[Compiled, Wired] = {}
@@ -93,10 +97,11 @@ class Wiring:
         )
 
     def _legs(self, compiled: Compiled, messages: Sequence[Message]) -> tuple[Leg, ...]:
-        return tuple(self._leg(compiled.source, message) for message in messages)
+        return tuple(self._leg(compiled, message) for message in messages)
 
-    def _leg(self, source: str, message: Message) -> Leg:
+    def _leg(self, compiled: Compiled, message: Message) -> Leg:
         overheads, path = self._testbed.overheads, message.path
+        before = [link for link, _ in compiled.loads[: message.load]]
 
         def code(cost_s: Callable[[str, float], float], node: str) -> float:
             if len(path) == 1:
@@ -110,7 +115,8 @@ class Wiring:
             message.wire_bytes,
             tuple(self._nodes[node] for node in path),
             tuple(self._links[link] for link in message.links),
-            tuple(node == source for node in path[:-1]),
+            tuple(node == compiled.source for node in path[:-1]),
+            tuple(before.count(link) for link in message.links),
             message.load,
             code(overheads.encode_s, path[0]),
             code(overheads.decode_s, path[-1]),

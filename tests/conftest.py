@@ -83,17 +83,17 @@ Build = Callable[..., Testbed]
 
 @pytest.fixture(scope="session")
 def synthetic(chain: Path, diamond: Path) -> Build:
-    """`synthetic(nodes, links, model)`: a testbed. A node is a mean service time, or all that the file may say of it.
+    """`synthetic(nodes, links, model, …)`: a testbed. A node is a mean service time, or all the file may say of it.
 
     Without arguments: device, edge and cloud in a row. The model is `chain` or `diamond`, and called so.
     """
     paths = {"chain": chain, "diamond": diamond}
 
     def build(
-        nodes: Mapping[str, Any] = NODES, links: Sequence[Mapping[str, Any]] = LINKS, model: str = "chain"
+        nodes: Mapping[str, Any] = NODES, links: Sequence[Mapping[str, Any]] = LINKS, model: str = "chain", **more: Any
     ) -> Testbed:
         described = {n: {"service": {"mean": s}} if isinstance(s, str) else s for n, s in nodes.items()}
-        spec = {"models": {model: str(paths[model])}, "nodes": described, "links": list(links)}
+        spec = {"models": {model: str(paths[model])}, "nodes": described, "links": list(links), **more}
         return Testbed.build(TestbedSpec.model_validate(spec))
 
     return build

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.workloads.errors import InputError
+from isthmus.workloads.links import Link
 from isthmus.workloads.rate import Rate
-from isthmus.workloads.testbed import Link
 from isthmus.workloads.transmitter import Transmitter
 
 

@@ -19,7 +19,7 @@ import pytest
 from scipy import stats
 
 from isthmus.policies.plan import split
-from isthmus.policies.records import Record
+from isthmus.policies.records import Outcome, Record
 from isthmus.policies.static import Fixed, Local, Remote
 from isthmus.workloads.arrivals import Poisson
 from isthmus.workloads.requests import Request, Source
@@ -153,6 +153,21 @@ def test_m_d_1_at_a_link_before_a_faster_server(synthetic, play, requests, rho):
 
 
 @utilisations
+@pytest.mark.parametrize("medium", [None, "cell"])
+def test_m_d_1_with_processor_sharing_at_a_fair_link(synthetic, play, requests, rho, medium):
+    """Messages that share a rate take 1 / (1 − ρ) times as long on average as one alone, whatever the distribution of
+    their sizes (Kleinrock, vol. 2, §4.4); a server with room for all makes none wait."""
+    size = 3 * 64 * 64 * 4
+    link = {"between": ["device", "cloud"], "rate": size, "discipline": "fair", "back": {"rate": 1e18}}
+    if medium is not None:
+        link |= {"medium": medium, "rate": 5 * size}
+    nodes = {"device": "1s", "cloud": {"service": {"mean": "0.5s"}, "slots": 1000}}
+    media = {medium: {"rate": size, "back": {"rate": 1e18}}} if medium is not None else {}
+    testbed = synthetic(nodes, [link], media=media)
+    agrees(play, testbed, Remote, rho, 1 / (1 - rho) + 0.5, requests=requests, width=1.5)
+
+
+@utilisations
 def test_two_servers_in_a_row(synthetic, play, requests, rho):
     """What leaves an M/M/1 queue is a Poisson process (Burke 1956), so a second exponential server behind the first is
     an M/M/1 queue too, and the times add (Jackson 1957). Noise that the two nodes shared would break it."""
@@ -183,3 +198,108 @@ def test_two_sources_share_a_server(synthetic, play, requests, rho):
         return mean_latency([r for r in records if r.arrival_s <= last])
 
     agrees(play, testbed, lambda: Remote("cloud"), rates, 1 / (1 - rho), while_both_send, requests=requests, width=1.5)
+
+
+# Nodes that are more than a queue
+
+
+def node(synthetic, **fields: Any) -> Testbed:
+    """One node that takes 1 s on average, exponentially, unless its `service` says otherwise."""
+    return synthetic({"device": {"service": {"mean": "1s", "distribution": "exponential"}, **fields}}, [])
+
+
+@utilisations
+@pytest.mark.parametrize(
+    "service",
+    [
+        {"mean": "1s", "distribution": "exponential"},
+        {"mean": "1s"},
+        {"mean": "1s", "distribution": "gamma", "spread": 1.5},
+        {"mean": "1s", "distribution": "weibull_min", "parameters": {"c": 0.8}},
+    ],
+    ids=lambda service: service.get("distribution", "constant"),
+)
+def test_m_g_1_processor_sharing(synthetic, play, requests, rho, service):
+    """The time in an M/G/1 queue that shares its processor is E[S] / (1 − ρ), whatever the distribution (Kleinrock,
+    vol. 2, 1976, §4.4): it is insensitive to all but the mean."""
+    testbed = node(synthetic, discipline="ps", service=service)
+    width = 1.5 if service.get("spread", 0) > 1 else 1.0
+    agrees(play, testbed, Local, rho, 1 / (1 - rho), requests=requests, width=width)
+
+
+@pytest.mark.parametrize("discipline", ["fifo", "ps"])
+@pytest.mark.parametrize("offered", [0.8, 1.25])
+def test_m_m_1_k(synthetic, play, requests, offered, discipline):
+    """With room for K a request is refused with probability (1 − ρ) ρ^K / (1 − ρ^(K+1)) (Kleinrock, §3.6); the mean
+    time of the others is L / (λ (1 − P)) (Little). Which of them is served when makes no difference to either."""
+    k = 5
+    shares = [(1 - offered) * offered**n / (1 - offered ** (k + 1)) for n in range(k + 1)]
+    testbed = node(synthetic, room=k, discipline=discipline)
+
+    def refused(records: list[Record]) -> float:
+        return sum(r.outcome is Outcome.DROPPED for r in records) / len(records)
+
+    agrees(play, testbed, Local, offered, shares[k], refused, requests=requests, width=1.5)
+    mean_s = sum(n * share for n, share in enumerate(shares)) / (offered * (1 - shares[k]))
+    agrees(play, testbed, Local, offered, mean_s, requests=requests)
+
+
+@pytest.mark.parametrize("rho", [0.6, 0.8])
+def test_non_preemptive_priorities(synthetic, play, requests, rho):
+    """Class k waits W₀ / ((1 − σ₍k−1₎)(1 − σₖ)), σₖ the load of the classes up to k, W₀ = λ E[S²] / 2 (Cobham, Priority
+    assignment in waiting line problems, 1954). Here W₀ = ρ, and two thirds of the load are of the lower class."""
+    nodes = {"device": "1s", "sensor": "1s", "cloud": {"service": {"mean": "1s", "distribution": "exponential"}}}
+    nodes["cloud"]["discipline"] = "priority"  # type: ignore[index]
+    testbed = synthetic(nodes, [{"between": [n, "cloud"], **WITHOUT_DELAY} for n in ("device", "sensor")])
+    high = rho / 3
+    theory = {"device": rho / (1 - high), "sensor": rho / ((1 - high) * (1 - rho))}
+    waits: dict[str, list[float]] = {source: [] for source in theory}
+    for seed in SEEDS:
+        drawn = {
+            source: Source(
+                node=source, model="chain", arrivals=Poisson(rate=rate), priority=priority, duration=requests / rho / 2
+            ).draw(seed)
+            for source, rate, priority in (("device", high, 1), ("sensor", rho - high, 0))
+        }
+        records = play(testbed, lambda: Remote("cloud"), drawn, seed=seed)
+        records.sort(key=lambda r: r.arrival_s)
+        for source, values in waits.items():
+            values.append(mean_latency([r for r in records[len(records) // 5 :] if r.source == source]) - 1)
+    for source, values in waits.items():
+        error = stats.t.ppf(0.995, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+        said = f"{source}: theory {theory[source]:.4f} s, simulated {np.mean(values):.4f} ± {error:.4f} s"
+        assert error < theory[source] / 4, said
+        assert abs(np.mean(values) - theory[source]) <= error, said
+
+
+def test_batches_of_any_size_in_the_time_of_one_lose_nothing(synthetic, play, requests):
+    """M/D/1 with batches of at most 2 that take as long as one job: an embedded chain of what is left at the end of
+    each batch. Solved numerically; waiting by Little's law (Bailey, On queueing processes with bulk service, 1954)."""
+    rho = 1.4  # of the 2 that are served per second
+    testbed = synthetic({"device": {"service": {"mean": "1s"}, "batch": {"size": 2, "cost": [[1, 1], [2, 1]]}}}, [])
+    agrees(play, testbed, Local, rho, bulk_service_s(rho, 2), requests=requests)
+
+
+def bulk_service_s(rate: float, size: int, states: int = 200) -> float:
+    """Mean time in a queue with service of 1 s for up to `size` at once, which starts with whoever is there."""
+    comes = stats.poisson.pmf(np.arange(states), rate)
+    moves = np.zeros((states, states))  # jobs that are left when a batch ends
+    for left in range(states):
+        rest = max(left - size, 0)
+        moves[left, rest:] = comes[: states - rest]
+        moves[left, -1] += 1 - moves[left].sum()
+    system = np.vstack([moves.T - np.eye(states), np.ones(states)])
+    share = np.linalg.lstsq(system, np.append(np.zeros(states), 1.0), rcond=None)[0]
+    # A cycle: idle for 1 / rate if nothing is left, then one batch.
+    there = np.maximum(np.arange(states), 1)  # at the start of the batch
+    jobs_s = share @ there + rate / 2  # job-seconds in a batch: those there, and who comes, for half of it on average
+    cycle_s = 1 + share[0] / rate
+    return float(jobs_s / cycle_s / rate)
+
+
+def test_a_drawn_distribution_queues_as_its_variance_says(synthetic, play, requests):
+    """Pollaczek–Khinchine for a distribution of scipy, through its table of quantiles."""
+    law = stats.weibull_min(1.5)
+    cv2 = law.var() / law.mean() ** 2
+    testbed = node(synthetic, service={"mean": "1s", "distribution": "weibull_min", "parameters": {"c": 1.5}})
+    agrees(play, testbed, Local, 0.8, 1 + 0.8 * (1 + cv2) / (2 * 0.2), requests=requests)

@@ -197,7 +197,7 @@ class Replay(_Process):
         """With the times of the file, whose path starts from `folder`. InputError names file, line and value."""
         if self.file is None:
             return self
-        times = _in_order(_read_times(folder / self.file, self.column))
+        times = _in_order(read_times(folder / self.file, self.column))
         return self.model_copy(update={"times": times, "file": None, "column": None})
 
     def times_s(self, generator: np.random.Generator) -> Iterator[float]:
@@ -232,7 +232,11 @@ class Closed(_Process):
 Arrivals = Annotated[Poisson | Periodic | Markov | Diurnal | Replay | Closed, Field(discriminator="kind")]
 
 
-def _read_times(path: Path, column: str | None) -> tuple[float, ...]:
+def read_times(path: Path, column: str | None) -> tuple[float, ...]:
+    """Times in seconds, or durations, of a file: one number >= 0 per line, or in a column of a CSV file.
+
+    InputError names file, line and value.
+    """
     try:
         times = tuple(_time(text, f"{path}:{line}") for line, text in _cells(path, column))
     except csv.Error as error:

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class IsthmusError(Exception):
@@ -40,3 +41,13 @@ def unknown(what: str, name: str, known: Iterable[str], *, where: object = None)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return InputError(f"unknown {what} {name!r}{hint}", where=where, allowed=", ".join(known) or "none are defined")
+
+
+@contextmanager
+def within(where: object) -> Iterator[None]:
+    """What is wrong inside is wrong at a field: its place, where it has one, becomes part of the problem."""
+    try:
+        yield
+    except InputError as error:
+        problem = error.problem if error.where is None else f"{error.where}: {error.problem}"
+        raise InputError(problem, where=where, allowed=error.allowed) from None

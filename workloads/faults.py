@@ -63,6 +63,10 @@ class _While(_Spec):
             raise ValueError(f"ends at {self.end:g} s, before it begins at {self.start:g} s")
         return self
 
+    @property
+    def end_s(self) -> float:
+        return math.inf if self.end is None else self.end
+
 
 class SlowNode(_While):
     """A node is so many times slower for a while: a straggler."""

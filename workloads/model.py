@@ -200,6 +200,15 @@ class Model:
         """Size of the weights of `part`; one that several of its layers share counts once for each."""
         return sum(self.layers[index].parameter_bytes for index in members(part.layers))
 
+    def memory_bytes(self, part: Part, batch: int = 1) -> int:
+        """What running `part` needs: its weights, and what the layer with most to read and to write has at once.
+
+        The least that a runtime gets by with which frees a tensor after its last use and keeps nothing else.
+        """
+        layers = [self.layers[index] for index in members(part.layers)]
+        active = max((self.bytes_of({*layer.inputs, *layer.outputs}) for layer in layers), default=0)
+        return self.weights_bytes(part) + batch * active
+
     def bytes_of(self, tensors: Iterable[str]) -> int:
         """Size of these tensors together."""
         return sum(self.tensors[name].bytes for name in tensors)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
@@ -94,6 +95,14 @@ class Rhythm(_Frozen):
         return self.scale * seconds + self.shift_s
 
 
+class BatchCost(_Frozen):
+    """The whole model on `size` requests at once: how many times longer than on one."""
+
+    size: int = Field(ge=2)
+    ratio: PositiveFloat
+    samples_s: tuple[NonNegativeFloat, ...] = ()
+
+
 class Profile(_Frozen):
     """The costs of one model on one node.
 
@@ -119,6 +128,7 @@ class Profile(_Frozen):
     cuts: tuple[CutCost, ...]
     sessions: tuple[SessionCost, ...]
     rhythm: Rhythm = Rhythm()
+    batches: tuple[BatchCost, ...] = ()
 
     _path: Path | None = PrivateAttr(default=None)
 
@@ -129,6 +139,9 @@ class Profile(_Frozen):
         for index, session in enumerate(self.sessions):
             if not session.first < session.last <= len(self.blocks):
                 raise ValueError(f"sessions.{index} spans blocks {session.first} to {session.last}")
+        sizes = [1, *(batch.size for batch in self.batches)]
+        if any(after <= before for before, after in pairwise(sizes)):
+            raise ValueError("the sizes of batches do not increase")
         return self
 
     @classmethod
@@ -183,6 +196,21 @@ class Profile(_Frozen):
         self.check_model(model)
         constant_s, s_per_byte = self._load
         return constant_s + s_per_byte * model.weights_bytes(part) if part.layers else 0.0
+
+    def batch_factor(self, size: int) -> float:
+        """How many times longer than one request a batch takes, linear between the sizes that were measured.
+
+        InputError for a batch larger than those.
+        """
+        points = [(1, 1.0), *((batch.size, batch.ratio) for batch in self.batches)]
+        if size > points[-1][0]:
+            largest = f"the largest is {points[-1][0]}" if self.batches else "none were"
+            raise InputError(
+                f"what a batch of {size} costs was not measured on {self.machine.label!r}: {largest}",
+                allowed="`cost: [[1, 1.0], [8, 3.2]]`, or a profile that has `batches`",
+            )
+        sizes, ratios = zip(*points, strict=True)
+        return float(np.interp(size, sizes, ratios))
 
     def at_rhythm(self, rhythm: Rhythm) -> Profile:
         """The same, as it is in a run; what was measured stays as it is, and a rhythm found before is replaced."""

@@ -20,7 +20,8 @@ class Request(NamedTuple):
     """One inference asked for at one time by one source.
 
     `number` counts the requests of one source from 0; (source, number) is the identity in a run. `deadline_s` is on
-    the run's clock, like `arrival_s`. `timeout_s` is how long an attempt may stay unanswered before it is given up.
+    the run's clock, like `arrival_s`. `timeout_s` is how long an attempt may stay unanswered before it is given up. The
+    higher `priority` goes first, at nodes whose discipline it is.
     """
 
     number: int
@@ -29,6 +30,7 @@ class Request(NamedTuple):
     arrival_s: float
     deadline_s: float | None = None
     timeout_s: float | None = None
+    priority: int = 0
 
 
 class Source(BaseModel):
@@ -43,6 +45,7 @@ class Source(BaseModel):
     duration: Seconds | None = Field(default=None, description="stop after so long")
     deadline: Seconds | None = Field(default=None, description="from arrival; a later answer counts as late")
     timeout: Seconds | None = Field(default=None, description="from the start of an attempt; then it has failed")
+    priority: int = Field(default=0, description="the higher goes first, at nodes with `discipline: priority`")
 
     @property
     def expected_s(self) -> float:
@@ -96,12 +99,13 @@ class Source(BaseModel):
     def _asked(self, times_s: Iterator[float]) -> Iterator[Request]:
         make = tuple.__new__  # what Request() calls, in a third less time
         node, model, deadline, timeout = self.node, self.model, self.deadline, self.timeout
+        priority = self.priority
         end_s = math.inf if self.duration is None else self.duration
         for number, now_s in enumerate(times_s):
             if now_s > end_s:
                 return
             deadline_s = None if deadline is None else now_s + deadline
-            yield make(Request, (number, node, model, now_s, deadline_s, timeout))
+            yield make(Request, (number, node, model, now_s, deadline_s, timeout, priority))
 
 
 class ClosedLoop:
@@ -123,4 +127,4 @@ class ClosedLoop:
             return None
         self._number += 1
         deadline_s = None if source.deadline is None else arrival_s + source.deadline
-        return Request(number, source.node, source.model, arrival_s, deadline_s, source.timeout)
+        return Request(number, source.node, source.model, arrival_s, deadline_s, source.timeout, source.priority)

@@ -7,16 +7,19 @@ function of (seed, node, request), never of the order in which it is asked for.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property, lru_cache
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from scipy import special
 
+from isthmus.workloads.errors import InputError
 from isthmus.workloads.model import Model, Part, members
 from isthmus.workloads.profile import Profile
+from isthmus.workloads.quantiles import check_name, quantiles
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.units import Seconds
 
@@ -43,6 +46,9 @@ class Service(Protocol):
 
     def draw_s(self, part: Part, noise: Uniforms, number: int) -> float:
         """Seconds of one part in the run's request `number`."""
+
+    def batch_factor(self, size: int) -> float:
+        """How many times longer a batch takes than one request. InputError where that is not known."""
 
 
 # Samples taken one after another are alike (lag-1 autocorrelation 0.2-0.7), so residuals are resampled in blocks.
@@ -96,15 +102,62 @@ class Measured:
         start = int(noise[number // _BLOCK] * len(residuals))
         return self._means(part) * (1 + float(residuals[(start + number % _BLOCK) % len(residuals)]))
 
+    def batch_factor(self, size: int) -> float:
+        return self.profile.batch_factor(size)
+
+
+DISTRIBUTIONS = ("constant", "exponential", "gamma", "lognormal")
+"""Those that need no parameters of their own."""
+
 
 class SyntheticSpec(BaseModel):
-    """A made-up service time of the whole model. A part costs its share of the model's FLOPs."""
+    """A made-up service time of the whole model. A part costs its share of the model's FLOPs.
+
+    The distribution is one of four, or any continuous one of scipy.stats with its shape `parameters`; it is scaled to
+    the mean.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mean: Seconds = Field(gt=0)
-    distribution: Literal["constant", "exponential", "gamma", "lognormal"] = "constant"
+    distribution: str = Field(
+        default="constant",
+        description="constant, exponential, gamma, lognormal, or the name of one in scipy.stats, such as weibull_min",
+        examples=list(DISTRIBUTIONS),
+    )
     spread: float = Field(default=0.5, gt=0, description="standard deviation over mean, for gamma and lognormal")
+    parameters: dict[str, float] = Field(
+        default={}, description="shape, and `loc`, of a distribution of scipy.stats, such as {c: 1.5}"
+    )
+    load: Seconds = Field(
+        default=0.0, description="to load the whole model where `memory` is limited; a part costs its share by bytes"
+    )
+
+    @field_validator("distribution")
+    @classmethod
+    def _is_there(cls, name: str) -> str:
+        try:
+            check_name(name, DISTRIBUTIONS)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    @model_validator(mode="after")
+    def _has_quantiles(self) -> SyntheticSpec:
+        try:
+            self.quantile  # noqa: B018
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        if self.quantile is not None and "spread" in self.model_fields_set:
+            raise ValueError(f"has a `spread`, which {self.distribution} takes from its `parameters`")
+        return self
+
+    @property
+    def quantile(self) -> Callable[[float], float] | None:
+        """The quantiles of a distribution of scipy.stats, with a mean of 1; None for the four."""
+        if self.distribution in DISTRIBUTIONS and not self.parameters:
+            return None
+        return quantiles(self.distribution, tuple(sorted(self.parameters.items())))
 
 
 class Synthetic:
@@ -115,6 +168,7 @@ class Synthetic:
         # A model of nothing but moving data around has no FLOPs: then its layers share alike.
         self._weights = [layer.flop if model.flop else 1 for layer in model.layers]
         self._means = {model.everything: spec.mean}
+        self._quantile = spec.quantile
 
     @property
     def provenance(self) -> str:
@@ -142,10 +196,14 @@ class Synthetic:
         return self._spans
 
     def load_s(self, part: Part) -> float:
-        return 0.0
+        if not self.spec.load or not self.model.parameter_bytes:
+            return self.spec.load
+        return self.spec.load * self.model.weights_bytes(part) / self.model.parameter_bytes
 
     def draw_s(self, part: Part, noise: Uniforms, number: int) -> float:
         mean, u, cv = self.mean_s(part), noise[number], self.spec.spread
+        if self._quantile is not None:
+            return mean * self._quantile(u)
         match self.spec.distribution:
             case "constant":
                 return mean
@@ -153,9 +211,14 @@ class Synthetic:
                 return -mean * math.log1p(-u)
             case "gamma":
                 return mean * cv**2 * float(special.gammaincinv(1 / cv**2, u))
-            case "lognormal":
+            case _:  # lognormal
                 sigma2 = np.log1p(cv**2)
                 return mean * float(np.exp(np.sqrt(sigma2) * special.ndtri(u) - sigma2 / 2))
+
+    def batch_factor(self, size: int) -> float:
+        raise InputError(
+            "what a batch costs is not known of made-up times", allowed="with `cost`, such as [[1, 1.0], [8, 3.2]]"
+        )
 
 
 def _read_only(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

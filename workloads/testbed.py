@@ -17,116 +17,36 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from isthmus.workloads.documents import parse, read_yaml
-from isthmus.workloads.errors import InputError, unknown
-from isthmus.workloads.mobility import Mobility, Position, Positions, RandomWaypoint, Waypoints, serving
+from isthmus.workloads.errors import InputError, unknown, within
+from isthmus.workloads.links import (
+    Link,
+    LinkSpec,
+    Medium,
+    MediumName,
+    MediumSpec,
+    Way,
+    at_rates,
+    files,
+    named_media,
+    way_back,
+    with_files,
+)
+from isthmus.workloads.mobility import Positions, serving
 from isthmus.workloads.model import Model, load_model
+from isthmus.workloads.nodes import Node, NodeSpec
 from isthmus.workloads.overheads import Overheads
 from isthmus.workloads.profile import Profile
 from isthmus.workloads.random import stream
 from isthmus.workloads.rate import Rate
-from isthmus.workloads.rates import Constant, Drawn, RateSpec, Schedule
+from isthmus.workloads.rates import Drawn, RateSpec
 from isthmus.workloads.routing import NONE_DOWN, LinkId, Routes
-from isthmus.workloads.service import Measured, Service, Synthetic, SyntheticSpec
-from isthmus.workloads.trace_file import TraceFile
-from isthmus.workloads.units import Seconds, Watt
+from isthmus.workloads.service import Measured, Service, Synthetic
 
 NodeName = Annotated[str, Field(pattern=r"^[^\s>]+$")]  # records write a link as `a>b`
 
 
 class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Power(_Spec):
-    """Electrical power of a node above idling, in watts: while it computes, sends, receives."""
-
-    busy: Watt = 0.0
-    tx: Watt = 0.0
-    rx: Watt = 0.0
-
-
-class Price(_Spec):
-    """What a node costs: by the second that it works, by the byte that leaves it. US dollars."""
-
-    per_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    per_byte: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-
-
-class NodeSpec(_Spec):
-    """A place that computes. With `service` its times are made up; without, they come from a profile.
-
-    With `count` it is a group of alike: `cam` with a count of 3 is `cam-0`, `cam-1` and `cam-2`.
-    """
-
-    count: int | None = Field(default=None, ge=1, description="a group of so many: NAME-0, NAME-1, …")
-    serves: bool | None = Field(
-        default=None, description="whether policies may offload to it; by default all that are not in a group"
-    )
-    profile: str = Field(default="host", description="label of the machine whose profiles this node takes")
-    slowdown: float = Field(default=1.0, gt=0, description="how many times slower than that machine")
-    service: SyntheticSpec | None = None
-    slots: int = Field(default=1, ge=1, description="requests that it computes at the same time")
-    power: Power = Power()
-    price: Price = Price()
-    position: Position | None = Field(default=None, description="[x, y] in metres, of a cell that serves what moves")
-    mobility: Mobility | None = Field(default=None, description="it moves, and is linked to the nearest cell only")
-
-    @model_validator(mode="after")
-    def _one_source_of_times(self) -> NodeSpec:
-        if self.service is not None and (self.profile != "host" or self.slowdown != 1):
-            raise ValueError("has both `service` and `profile` or `slowdown`: a node's times have one source")
-        return self
-
-    @model_validator(mode="after")
-    def _cells_stand_still(self) -> NodeSpec:
-        if self.position is not None and self.mobility is not None:
-            raise ValueError("has both `position` and `mobility`: the position is of a cell, which does not move")
-        return self
-
-
-class DirectionSpec(_Spec):
-    """The way back, where it differs from the way there."""
-
-    rate: RateSpec | None = None
-    period: Seconds | None = None
-    latency: Seconds | None = None
-
-
-class LinkSpec(_Spec):
-    """A link between two nodes. `back` is the second node to the first; what it leaves out is as on the way there.
-
-    Between a group and a node there is one link per member, between two groups members are dealt out evenly: each of
-    the larger group has one link. What moves has a link to each, of which one at a time is up. A rate
-    that is drawn is drawn for each of them and for each direction.
-    """
-
-    between: tuple[str, str]
-    rate: RateSpec
-    period: Seconds | None = Field(default=None, description="after which a schedule of rates repeats")
-    latency: Seconds = 0.0
-    back: DirectionSpec = DirectionSpec()
-
-    @model_validator(mode="after")
-    def _periods_are_of_schedules(self) -> LinkSpec:
-        self.directions()
-        return self
-
-    def directions(self) -> tuple[tuple[RateSpec, float], tuple[RateSpec, float]]:
-        """There and back: rate, and latency in seconds."""
-        back = self.back
-        rate = self.rate if back.rate is None else back.rate
-        period = self.period if back.rate is None and back.period is None else back.period
-        latency = self.latency if back.latency is None else back.latency
-        return (_repeating(self.rate, self.period), self.latency), (_repeating(rate, period), latency)
-
-
-def _repeating(rate: RateSpec, period: float | None) -> RateSpec:
-    """A rate with the `period` that stands beside it."""
-    if period is None or isinstance(rate, Constant):
-        return rate
-    if isinstance(rate, Schedule):
-        return rate.model_copy(update={"period": period})
-    raise ValueError(f"has a `period`, and a rate of the kind {rate.kind!r}, which has its own (allowed: a schedule)")
 
 
 class TestbedSpec(_Spec):
@@ -138,6 +58,7 @@ class TestbedSpec(_Spec):
     models: dict[str, str] = Field(min_length=1, description="name: a file.onnx, or a name that `isthmus models` lists")
     nodes: dict[NodeName, NodeSpec] = Field(min_length=1)
     links: tuple[LinkSpec, ...] = ()
+    media: dict[MediumName, MediumSpec] = Field(default={}, description="what several links share, by name")
     profiles: str = Field(default="profiles", description="folder with the measured profiles, relative to this file")
 
     @model_validator(mode="after")
@@ -169,71 +90,37 @@ class TestbedSpec(_Spec):
         many = max(len(first), len(second))
         return [(first[i * len(first) // many], second[i * len(second) // many]) for i in range(many)]
 
-    def directed(self, link: LinkSpec) -> Iterator[tuple[list[LinkId], RateSpec, float]]:
-        """The links that one entry stands for, there and then back, with their rate and their latency in seconds."""
+    def directed(self, link: LinkSpec) -> Iterator[tuple[list[LinkId], Way]]:
+        """The links that one entry stands for, there and then back, with what is said of them."""
         pairs = self.pairs(link)
-        there, back = link.directions()
-        yield pairs, *there
-        yield [(b, a) for a, b in pairs], *back
+        there, back = link.ways()
+        yield pairs, there
+        yield [(b, a) for a, b in pairs], back
 
     @property
     def traces(self) -> list[str]:
-        """The files with traces of its links' rates, and of its nodes' positions."""
-        rates = (rate for link in self.links for rate in (link.rate, link.back.rate))
+        """The files with rates and delays of its links, and with positions of its nodes."""
+        links = (file for spec in (*self.links, *self.media.values()) for file in files(spec))
         paths = (node.mobility for node in self.nodes.values())
-        return list(dict.fromkeys(it.file for it in (*rates, *paths) if isinstance(it, TraceFile | Positions)))
+        return list(dict.fromkeys((*links, *(it.file for it in paths if isinstance(it, Positions)))))
 
     def with_traces(self, name: Callable[[str], str]) -> TestbedSpec:
         """The same testbed with its trace files under other names."""
-
-        def renamed(rate: RateSpec | None) -> RateSpec | None:
-            return rate.model_copy(update={"file": name(rate.file)}) if isinstance(rate, TraceFile) else rate
-
-        links = [
-            link.model_copy(
-                update={
-                    "rate": renamed(link.rate),
-                    "back": link.back.model_copy(update={"rate": renamed(link.back.rate)}),
-                }
-            )
-            for link in self.links
-        ]
+        links = tuple(with_files(link, name) for link in self.links)
+        media = {medium: with_files(spec, name) for medium, spec in self.media.items()}
         nodes = {
             n: node.model_copy(update={"mobility": node.mobility.model_copy(update={"file": name(node.mobility.file)})})
             if isinstance(node.mobility, Positions)
             else node
             for n, node in self.nodes.items()
         }
-        return self.model_copy(update={"links": tuple(links), "nodes": nodes})
+        return self.model_copy(update={"links": links, "media": media, "nodes": nodes})
 
     def moved(self, way: Path, folder: Path) -> TestbedSpec:
         """As it reads in `folder`, when its own folder is `way` from there: profiles, traces, and models in files."""
         models = {n: str(way / m) if (folder / way / m).is_file() else m for n, m in self.models.items()}
         spec = self.with_traces(lambda file: str(way / file))
         return spec.model_copy(update={"models": models, "profiles": str(way / self.profiles)})
-
-
-@dataclass(frozen=True)
-class Node:
-    name: str
-    serves: bool
-    """Whether policies may offload to it."""
-    slots: int
-    power: Power
-    price: Price
-    slowdown: float
-    """How many times slower than this machine an emulation of the node is; 1 for synthetic service times."""
-    position: Position | None = None
-    mobility: Waypoints | RandomWaypoint | None = None
-
-
-@dataclass(frozen=True)
-class Link:
-    """One direction of a link: a FIFO transmitter of a rate that may change, then a constant latency."""
-
-    id: LinkId
-    rate: Rate
-    latency_s: float
 
 
 @dataclass(frozen=True)
@@ -285,13 +172,7 @@ class Testbed:
                     raise InputError(str(error), where=f"{where or spec.name}: models.{name}") from None
         nodes: dict[str, Node] = {}
         for name, s in spec.nodes.items():
-            serves = s.count is None if s.serves is None else s.serves
-            members = spec.members(name)
-            paths = (
-                s.mobility.read(folder, members) if isinstance(s.mobility, Positions) else [s.mobility] * len(members)
-            )
-            for member, path in zip(members, paths, strict=True):
-                nodes[member] = Node(member, serves, s.slots, s.power, s.price, s.slowdown, s.position, path)
+            nodes |= {node.name: node for node in s.realise(spec.members(name), folder)}
         links = realise_links(spec, folder=folder, where=where, seed=seed)
         services: dict[tuple[str, str], Service] = {}
         store = folder / spec.profiles
@@ -304,47 +185,63 @@ class Testbed:
                     service = Measured(model, _profile(store, model, node.profile), node.slowdown)
                 else:
                     continue
+                _check_batches(node, service, f"{where or spec.name}: nodes.{name}.batch")
                 services |= dict.fromkeys(product(spec.members(name), [model.name]), service)
         spec = spec.with_traces(lambda file: str((folder / file).resolve()))
         return cls(spec.name, models, nodes, links, services, Overheads.find(store), spec)
 
     def at_seed(self, seed: int) -> Testbed:
         """The same testbed with the rates that this seed draws; itself where nothing is drawn."""
-        drawn = {
-            way: replace(self.links[way], rate=rate.draw(stream(seed, *way, "rate")))
-            for link in self.spec.links
-            for ways, rate, _ in self.spec.directed(link)
+        media = {
+            name: Medium(name, rate.draw(stream(seed, name, "rate")))
+            for name, rate in named_media(self.spec.media)
             if isinstance(rate, Drawn)
-            for way in ways
         }
+        drawn: dict[LinkId, Link] = {}
+        for spec in self.spec.links:
+            for ways, said in self.spec.directed(spec):
+                for way in ways:
+                    link = self.links[way]
+                    medium = link.medium and media.get(link.medium.name)
+                    if medium is not None:
+                        rate = medium.rate if said.rate is None else link.rate
+                        link = drawn[way] = replace(link, medium=medium, rate=rate)
+                    if isinstance(said.rate, Drawn):
+                        drawn[way] = replace(link, rate=said.rate.draw(stream(seed, *way, "rate")))
         return self._like(links={**self.links, **drawn}) if drawn else self
 
     @cached_property
     def nominal(self) -> Testbed:
-        """The same testbed as a controller may know it: every link at its mean rate, always, in its `spec` as well."""
+        """The same testbed as a controller may know it: every link and node at its mean rate, in its `spec` as well."""
 
-        means: dict[int, Rate] = {}  # links of a group share their rate
+        means: dict[float, Rate] = {}  # links of a group share their rate
 
-        def mean(link: LinkId) -> Rate:
-            rate = self.links[link].rate
-            if id(rate) not in means:
-                means[id(rate)] = Rate.constant(rate.mean_bytes_per_s)
-            return means[id(rate)]
+        def mean(bytes_per_s: float) -> Rate:
+            return means.setdefault(bytes_per_s, Rate.constant(bytes_per_s))
+
+        def known(link: Link) -> Link:
+            medium = link.medium and replace(link.medium, rate=mean(link.medium.rate.mean_bytes_per_s))
+            return replace(link, rate=mean(link.bottleneck.mean_bytes_per_s), medium=medium)
 
         def told(spec: LinkSpec) -> LinkSpec:
             a, b = self.spec.pairs(spec)[0]  # of a group, its first
-            known = (mean(way).bytes_per_s[0] for way in ((a, b), (b, a)))
-            there, back = ({"rate": Constant(rate=rate), "period": None} for rate in known)
-            return spec.model_copy(update={**there, "back": spec.back.model_copy(update=back)})
+            return at_rates(spec, *(self.links[way].bottleneck.mean_bytes_per_s for way in ((a, b), (b, a))))
 
-        links = {i: replace(link, rate=mean(i)) for i, link in self.links.items()}
-        spec = self.spec.model_copy(update={"links": tuple(told(link) for link in self.spec.links)})
-        return self._like(links=links, spec=spec)
+        links = {i: known(link) for i, link in self.links.items()}
+        nodes = {n: it if it.speed is None else replace(it, speed=_steady(it.speed)) for n, it in self.nodes.items()}
+        described = {
+            n: it if (speed := it.relative_speed) is None else it.at_speed(_steady(speed).mean_bytes_per_s)
+            for n, it in self.spec.nodes.items()
+        }
+        shared = {it.medium.name: it.medium.rate.mean_bytes_per_s for it in links.values() if it.medium is not None}
+        media = {n: at_rates(spec, shared[n], shared[way_back(n)]) for n, spec in self.spec.media.items()}
+        update = {"links": tuple(told(link) for link in self.spec.links), "media": media, "nodes": described}
+        return self._like(nodes=nodes, links=links, spec=self.spec.model_copy(update=update))
 
     @cached_property
     def rates(self) -> Mapping[LinkId, Rate]:
-        """The true rate of every link."""
-        return {link: it.rate for link, it in self.links.items()}
+        """The true rate of every link, for a message that is alone."""
+        return {link: it.bottleneck for link, it in self.links.items()}
 
     @cached_property
     def has_power(self) -> bool:
@@ -421,9 +318,29 @@ class Testbed:
         """Service times of a model on a node. KeyError is a bug: names are checked before."""
         return self.services[node, model]
 
+    def batch_factor(self, node: str, model: str, size: int) -> float:
+        """How many times longer than one job a batch takes, on a node that batches."""
+        batch = self.nodes[node].batch
+        if batch is not None and batch.cost is not None:
+            return batch.factor(size)
+        return self.service(node, model).batch_factor(size)
+
     def __getstate__(self) -> dict[str, Any]:
         # What follows from the fields is found again where it is needed.
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _steady(rate: Rate) -> Rate:
+    return Rate.constant(rate.mean_bytes_per_s)
+
+
+def _check_batches(node: NodeSpec, service: Service, where: str) -> None:
+    """InputError when it is not known what the batches of a node cost."""
+    if node.batch is not None and node.batch.cost is None:
+        try:
+            service.batch_factor(node.batch.size)
+        except InputError as error:
+            raise InputError(error.problem, where=where, allowed=error.allowed) from None
 
 
 def realise_links(
@@ -434,29 +351,49 @@ def realise_links(
     InputError names the field, and the line of a trace file.
     """
     links: dict[LinkId, Link] = {}
+    place = where or spec.name
     known: dict[RateSpec, Rate] = {}  # a file is read once, whoever names it
+
+    def realise(rate: RateSpec, *names: str) -> Rate:
+        if isinstance(rate, Drawn):
+            return rate.draw(stream(seed, *names, "rate"))
+        if rate not in known:
+            known[rate] = rate.realise(folder)
+        return known[rate]
+
+    media: dict[str, Medium] = {}
+    for name, described in named_media(spec.media):
+        with within(f"{place}: media.{name.replace(' ', '.')}.rate"):
+            media[name] = Medium(name, realise(described, name))
     members = {member for name in spec.nodes for member in spec.members(name)}
     for number, link in enumerate(spec.links):
-        field = f"{where or spec.name}: links[{number}]"
+        field = f"{place}: links[{number}]"
         for end in link.between:
             if end not in members and end not in spec.nodes:
                 raise unknown("node", end, spec.nodes, where=f"{field}.between")
+        if link.medium is not None and link.medium not in spec.media:
+            raise unknown("medium", link.medium, spec.media, where=f"{field}.medium")
         for a, b in spec.pairs(link):
             if a == b:
                 raise InputError(f"{a!r} is linked to itself", where=f"{field}.between")
             if (a, b) in links:
                 raise InputError(f"{a!r} and {b!r} are linked twice", where=f"{field}.between")
-        for (ways, rate, latency_s), part in zip(spec.directed(link), ("rate", "back.rate"), strict=True):
-            try:
-                if isinstance(rate, Drawn):
-                    links |= {way: Link(way, rate.draw(stream(seed, *way, "rate")), latency_s) for way in ways}
-                    continue
-                if rate not in known:
-                    known[rate] = rate.realise(folder)
-            except InputError as error:
-                problem = error.problem if error.where is None else f"{error.where}: {error.problem}"
-                raise InputError(problem, where=f"{field}.{part}", allowed=error.allowed) from None
-            links |= {way: Link(way, known[rate], latency_s) for way in ways}
+        shared = (None, None) if link.medium is None else (media[link.medium], media[way_back(link.medium)])
+        for (ways, said), medium, part in zip(spec.directed(link), shared, (field, f"{field}.back"), strict=True):
+            with within(f"{part}.jitter"):
+                more = said.more(folder)
+            for way in ways:
+                with within(f"{part}.rate"):
+                    if said.rate is not None:
+                        rate = realise(said.rate, *way)
+                    elif medium is not None:
+                        rate = medium.rate
+                    else:
+                        raise InputError("is missing", allowed="a rate, or a `medium` that has one")
+                links[way] = Link(way, rate, said.latency, medium=medium, **more)
+    if unused := set(spec.media) - {link.medium for link in spec.links}:
+        where = f"{place}: media.{min(unused)}"
+        raise InputError("no link is on it", where=where, allowed="the `medium` of a link is its name")
     return links
 
 

@@ -5,7 +5,7 @@ Its state is when it is free again, so sending needs no event and no wait. Physi
 
 from __future__ import annotations
 
-from isthmus.workloads.testbed import Link
+from isthmus.workloads.links import Link
 
 
 class Transmitter:

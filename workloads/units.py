@@ -28,6 +28,7 @@ _RATE = {
 _RATE |= {f"{unit}/s": size for unit, size in list(_RATE.items()) if unit.endswith("bit")}
 _PER_S = {"/s": 1.0, "Hz": 1.0, "/min": 1 / 60, "/h": 1 / 3600}
 _WATT = {"W": 1.0, "mW": 1e-3}
+_JOULE = {"J": 1.0, "mJ": 1e-3, "kJ": 1e3, "MJ": 1e6, "Wh": 3600.0, "mWh": 3.6, "kWh": 3.6e6}
 
 
 def _parser(kind: str, units: dict[str, float], example: str, *, zero: bool) -> Callable[[Any], float]:
@@ -60,6 +61,7 @@ _parse_rate_or_zero = _parser("rate", _RATE, "20Mbit", zero=True)
 parse_frequency = _parser("frequency", _PER_S, "2/s", zero=False)
 _parse_frequency_or_zero = _parser("frequency", _PER_S, "2/s", zero=True)
 parse_power = _parser("power", _WATT, "2.5W", zero=True)
+parse_energy = _parser("energy", _JOULE, "10kJ", zero=False)
 
 
 def _field(parse: Callable[[Any], float], what: str) -> tuple[BeforeValidator, WithJsonSchema]:
@@ -80,6 +82,7 @@ BytesPerSecondOrZero = Annotated[float, *_field(_parse_rate_or_zero, "rate, such
 PerSecond = Annotated[float, *_field(parse_frequency, "frequency, such as 2/s")]
 PerSecondOrZero = Annotated[float, *_field(_parse_frequency_or_zero, "frequency, such as 2/s, or 0")]
 Watt = Annotated[float, *_field(parse_power, "power, such as 2.5W")]
+Joules = Annotated[float, *_field(parse_energy, "energy, such as 10kJ or 3Wh (a bare number is joules)")]
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
