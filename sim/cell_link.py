@@ -15,7 +15,7 @@ from isthmus.sim.token import Token
 
 
 class CellLink:
-    """Carries nothing while it is not `up`; whoever sends has to look. `make` makes the link that carries."""
+    """`make` makes the link that carries. It carries nothing while it is not `up`; whoever sends has to look."""
 
     __slots__ = ("_arrived", "_inner", "_riders", "place", "up")
 
@@ -32,8 +32,8 @@ class CellLink:
         return self._inner.carry(token, now_s)
 
     def lose(self, token: Token) -> None:
-        """A message that has entered takes its time, and never arrives, nor is it sent again."""
-        self._riders.pop(token, None)
+        """It is not sent again either."""
+        del self._riders[token]
         self._inner.lose(token)
 
     def reset(self, now_s: float) -> None:

@@ -45,9 +45,12 @@ class Clock(simpy.Environment):  # type: ignore[misc]  # simpy has no types
         return len(self._queue)
 
     def arm(self, event: Armed, at_s: float, callbacks: Callbacks) -> None:
-        """Call back with the event at a time: at exactly that one, where a delay from now would be rounded."""
+        """Call back with the event at a time: at exactly that one, where a delay from now would be rounded.
+
+        What is to happen at infinity never does.
+        """
         event.at_s, event.callbacks = at_s, callbacks
-        if at_s < math.inf:  # else it never happens
+        if at_s < math.inf:
             self.push((at_s, 1, self.tick(), event))
 
     def call(self, at_s: float, call: Callable[[], None]) -> None:

@@ -74,7 +74,8 @@ class FifoLink:
     def __init__(self, clock: Clock, link: Link, arrived: Callbacks) -> None:
         self._push, self._tick, self._arrived = clock.push, clock.tick, arrived
         self._rate, self._latency_s = link.rate, link.latency_s
-        self._constant = link.rate.mean_bytes_per_s if link.rate.is_constant else None
+        # A constant rate is above 0, unless the link is cut from the beginning and for ever.
+        self._constant = (link.rate.mean_bytes_per_s or None) if link.rate.is_constant else None
         self._free_s = self._busy_s = self._waited_s = 0.0
         self._messages = self._bytes = 0
         self.place = f"{link.id[0]}>{link.id[1]}"

@@ -87,8 +87,7 @@ def simulate(
     """
     for fault in faults:
         check_place(fault, testbed)
-    ones = merged(faults)
-    run = _Simulation(testbed, requests, policies, sink, seed, name, ones, drain_s, durations, watch, spans)
+    run = _Simulation(testbed, requests, policies, sink, seed, name, merged(faults), drain_s, durations, watch, spans)
     run.run()
     return run.totals()
 
@@ -371,9 +370,8 @@ class _Simulation:
             self._stranded.append((token, since_s))
             return
         # The source knows the loads of its plan; of those of another way it only knows that the message left.
-        tells = (leg.tells[hop] and hop == 0, *(False for _ in links[1:]))
+        tells, nth = (leg.tells[hop] and hop == 0, *(False for _ in links[1:])), (leg.nth[hop],) * len(links)
         nodes, carriers = tuple(self.nodes[name] for name in path), tuple(self.links[link] for link in links)
-        nth = (leg.nth[hop],) * len(links)
         token.leg, token.hop = replace(leg, nodes=nodes, links=carriers, tells=tells, nth=nth), 0
         if now > since_s and token.spans is not None:
             span = Span(WAIT, carriers[0].place, since_s, now, token.start.attempt, leg.source)
@@ -422,16 +420,15 @@ class _Simulation:
             self._enter(token, token.at_s)
 
     def _enter(self, token: Token, now: float) -> None:
-        """The next link."""
+        """The next link. A node that is up knows where others have moved to."""
         leg, hop = token.leg, token.hop
-        link = leg.links[hop]
-        if self._away and isinstance(link, CellLink) and not link.up:
+        if self._away and any(isinstance(link, CellLink) and not link.up for link in leg.links[hop:]):
             token.life = leg.nodes[hop].life
             self._reroute(token, now, now)
             return
-        left_s = link.carry(token, now)
+        left_s = leg.links[hop].carry(token, now)
         if self._losses is not None and self._losses.takes(token, now):
-            link.lose(token)
+            leg.links[hop].lose(token)
         if left_s is not None and token.home.estimates:
             self._left(token, left_s)
 

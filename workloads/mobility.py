@@ -109,7 +109,7 @@ class Positions(_Mobility):
         """
         path = folder / self.file
         try:
-            table = pd.read_csv(path, comment="#")
+            table = pd.read_csv(path, comment="#", dtype={self.node: str} if self.node else None)
         except FileNotFoundError:
             raise InputError("no such file", where=path) from None
         except (OSError, ValueError) as error:
@@ -122,13 +122,13 @@ class Positions(_Mobility):
         numbers = table[[self.time, self.x, self.y]].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
         if len(wrong := np.flatnonzero(~np.isfinite(numbers).all(axis=1))):
             raise InputError(f"row {wrong[0] + 1} is not three numbers: time, x, y", where=path)
-        numbers[:, 0] -= numbers[:, 0].min()
+        numbers = numbers - [numbers[:, 0].min(), 0.0, 0.0]
         if self.node is None:
             return [self._along(numbers, np.arange(len(table)), path)] * len(nodes)
-        rows = {str(name): np.asarray(of) for name, of in table.groupby(self.node).indices.items()}
+        rows = table.groupby(self.node).indices
         if missing := [node for node in nodes if node not in rows]:
             raise InputError(f"has no row of node {missing[0]!r}", where=path)
-        return [self._along(numbers, rows[node], path) for node in nodes]
+        return [self._along(numbers, np.asarray(rows[node]), path) for node in nodes]
 
     def _along(self, numbers: npt.NDArray[np.float64], rows: npt.NDArray[np.int64], path: Path) -> Waypoints:
         """Through some rows of the file."""

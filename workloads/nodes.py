@@ -166,6 +166,8 @@ class NodeSpec(_Spec):
     def _fields_go_together(self) -> NodeSpec:
         if self.service is not None and (self.profile != "host" or self.slowdown != 1):
             raise ValueError("has both `service` and `profile` or `slowdown`: a node's times have one source")
+        if self.position is not None and self.mobility is not None:
+            raise ValueError("has both `position` and `mobility`: the position is of a cell, which does not move")
         if self.discipline == "ps":
             for field in ("batch", "memory", "scale"):
                 if getattr(self, field) is not None:
@@ -208,17 +210,20 @@ class NodeSpec(_Spec):
         said = {field: getattr(self, field) for field in self.model_fields_set}
         return NodeSpec(**(said | {"speed": speed, "period": None}))
 
-    def realise(self, members: Sequence[str], folder: Path) -> list[Node]:
-        """The node, or the members of the group. `folder` is what relative paths start from."""
-        mobility = self.mobility
-        paths = mobility.read(folder, members) if isinstance(mobility, Positions) else [mobility] * len(members)
+    def realise(self, names: Sequence[str], folder: Path) -> list[Node]:
+        """The node of that name, or the members of the group. `folder` is what relative paths start from."""
+        paths: Sequence[Waypoints | RandomWaypoint | None]
+        if isinstance(self.mobility, Positions):
+            paths = self.mobility.read(folder, names)
+        else:
+            paths = [self.mobility] * len(names)
         serves = self.count is None if self.serves is None else self.serves
         return [
             Node(
                 name, serves, self.slots, self.power, self.price, self.slowdown, self.position, path,
                 self.discipline, self.room, self.batch, self.memory, self.relative_speed, self.battery, self.scale,
             )
-            for name, path in zip(members, paths, strict=True)
+            for name, path in zip(names, paths, strict=True)
         ]  # fmt: skip
 
 

@@ -101,7 +101,7 @@ class Rate:
     def finish_s(self, start_s: float, size_bytes: float) -> float:
         """When a transfer that begins at `start_s` has moved `size_bytes`: O(log n). Infinity where it never has."""
         rates, starts = self.bytes_per_s, self.starts_s
-        if not size_bytes > 0:
+        if not size_bytes > 0 or start_s == math.inf:  # as behind a transfer that never ends
             return start_s
         if len(rates) == 1:
             return start_s + size_bytes / rates[0] if rates[0] else math.inf
@@ -150,7 +150,7 @@ class Rate:
             end = np.where(rates[piece] > 0, starts[piece] + (target - moved[piece]) / rates[piece], np.inf)
             if self.period_s is not None:
                 end = end + turns * self.period_s
-            return np.asarray(np.where(size > 0, np.maximum(end, start), start), dtype=float)
+            return np.asarray(np.where((size > 0) & (start < np.inf), np.maximum(end, start), start), dtype=float)
 
     def pieces(self, until_s: float) -> tuple[Floats, Floats]:
         """Starts and rates, shape (n,) each, of all that begins before `until_s`, with repetitions written out."""
