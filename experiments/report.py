@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from plotly.subplots import make_subplots
 from isthmus.experiments.compare import PERCENTILES, Comparison, breakdown, merge
 from isthmus.experiments.places import group_of, link_rows, node_rows
 from isthmus.experiments.run_folder import Run
-from isthmus.experiments.traces import POINTS, sampled
+from isthmus.experiments.traces import sampled
 from isthmus.policies.records import Kind, Outcome
 from isthmus.workloads.documents import write_text
 from isthmus.workloads.links import Link
@@ -50,9 +50,11 @@ _HUES = {
 _OTHER = "#9a9a9a"
 _SMALL = 0.005  # of the longest bar: what never is longer is drawn together with its like
 
+_RATES = 6  # links whose rates are drawn; of more nobody could tell which is which
 _COURSE = 200  # bins of a run's course
 _UNITS = ((3600, "h"), (60, "min"), (1, "s"))
 _LINES = ["#2f6db5", "#d9772b", "#3a8f5c", "#96406c", "#b8321f", "#5f432f", "#6d3f80", "#888888"]
+_TURNS = 200  # changes of a rate that repeats, about: no more turns of it are shown
 _POINTS = 400  # of a distribution that are drawn; the tail is kept
 
 
@@ -324,7 +326,7 @@ def _bar(figure: go.Figure, labels: list[list[str]], seconds: pd.Series, name: s
 def _rates(run: Run, charts: _Charts) -> Markup | None:
     """The rates of links that change, as long as requests come; None where all are constant.
 
-    Those that are drawn are shown as the first seed drew them.
+    Those that are drawn are shown as the first seed drew them; of a group the first member's, of many links a few.
     """
     until_s = float(run.requests[["arrival_s", "end_s"]].max().max())
     seed = run.experiment.seeds[0]
@@ -334,7 +336,7 @@ def _rates(run: Run, charts: _Charts) -> Markup | None:
     if not named:
         return None
     figure = go.Figure()
-    for name, link in named.items():
+    for name, link in islice(named.items(), _RATES):
         end_s = _visible_s(link.rate, until_s)
         times, rates = sampled(link.rate, end_s)
         figure.add_scatter(
@@ -361,7 +363,7 @@ def _visible_s(rate: Rate, until_s: float) -> float:
     """Until when to draw a rate: a schedule that repeats is unrolled as far as it can be seen."""
     if rate.period_s is None:
         return until_s
-    return min(until_s, rate.period_s * max(1, POINTS // len(rate.starts_s)))
+    return min(until_s, rate.period_s * max(1, _TURNS // len(rate.starts_s)))
 
 
 # Provenance

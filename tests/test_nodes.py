@@ -725,9 +725,12 @@ def test_a_real_run_refuses_what_it_does_not_model(chain):
 
 def test_the_readmes_nodes_are_read(chain):
     blocks = re.findall(r"```yaml\n(nodes:\n.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
-    [nodes] = [found for block in blocks if "battery" in (found := yaml.safe_load(block)["nodes"])["phone"]]
-    spec = TestbedSpec.model_validate({"models": {"m": str(chain)}, "nodes": nodes})
+    described: dict[str, Any] = {}
+    for block in blocks:
+        described |= yaml.safe_load(block)["nodes"]
+    spec = TestbedSpec.model_validate({"models": {"m": str(chain)}, "nodes": described})
     assert spec.nodes["phone"].battery == 10_000
+    assert spec.nodes["bus"].mobility is not None
 
 
 def test_a_specification_survives_its_schema_and_itself(chain):
