@@ -31,7 +31,10 @@ class LinkTotals(NamedTuple):
     air_s: float
     """The same, of every message by itself: two at once for one second are two."""
     waited_s: float
-    """What the messages wait together before their first byte goes; of those that still wait, all of it."""
+    """What the messages wait together before their first byte goes; of those that still wait, all of it.
+
+    What stands on a link that was cut for ever, or waits there, counts in none of these times.
+    """
     lost_packets: int
 
 
@@ -85,14 +88,15 @@ class FifoLink:
         leg, constant, start_s = token.leg, self._constant, self._free_s
         size = leg.bytes
         if start_s > now_s:
-            self._waited_s += start_s - now_s
+            if start_s < INFINITY:
+                self._waited_s += start_s - now_s
         else:
             start_s = now_s
         if constant is not None:
             left_s = start_s + size / constant  # its busy time follows from its bytes
         else:
             left_s = self._rate.finish_s(start_s, size)
-            if left_s < math.inf:  # else the link was cut for ever
+            if left_s < INFINITY:  # else the link was cut for ever
                 self._busy_s += left_s - start_s
         self._messages += 1
         self._bytes += size
@@ -115,11 +119,12 @@ class FifoLink:
 
     def reset(self, now_s: float) -> None:
         if self._free_s > now_s:
-            self._busy_s -= self._free_s - now_s
+            if self._free_s < INFINITY:
+                self._busy_s -= self._free_s - now_s
             self._free_s = now_s
 
     def totals(self, now_s: float) -> LinkTotals:
         busy_s = self._busy_s + (0.0 if self._constant is None else self._bytes / self._constant)
         # It is busy without a break from now until it is free.
-        busy_s -= max(self._free_s - now_s, 0.0) if self._free_s < math.inf else 0.0
+        busy_s -= max(self._free_s - now_s, 0.0) if self._free_s < INFINITY else 0.0
         return LinkTotals(self.place, self._messages, self._bytes, busy_s, busy_s, self._waited_s, 0)
