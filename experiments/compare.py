@@ -34,6 +34,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
+from isthmus.experiments.places import by_group
 from isthmus.experiments.run_folder import Run
 from isthmus.policies.records import Kind, Record
 from isthmus.sim.replay import replay
@@ -181,13 +182,13 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
 
 
 def breakdown(run: Run) -> pd.DataFrame:
-    """Where the time went: mean seconds per answered request, by policy × (kind, place).
+    """Where the time went: mean seconds per answered request, by policy × (kind, place), groups taken together.
 
     Stages that overlap count each for itself, so a row's sum can be more than the latency.
     """
     answered = run.requests.dropna(subset="latency_s")
     spans = run.spans.merge(answered[_ID], on=_ID)
-    spans["seconds"] = spans["end_s"] - spans["start_s"]
+    spans["seconds"], spans["place"] = spans["end_s"] - spans["start_s"], by_group(spans["place"], run)
     total = spans.pivot_table(
         index="policy", columns=["kind", "place"], values="seconds", aggfunc="sum", fill_value=0.0
     )

@@ -162,7 +162,7 @@ def simulate(
         for policy, seed in cells:
             tick = None if progress is None else partial(_told, progress, done, total, policy.label)
             sink = writer.sink(policy.label, seed, spans=spans, tick=tick)
-            simulate_cell(
+            totals = simulate_cell(
                 testbed.at_seed(seed),
                 experiment.spec.arrive(seed),
                 experiment.make(policy, seed),
@@ -174,6 +174,9 @@ def simulate(
                 watch=writer.watch(policy.label, seed) if views else None,
                 spans=spans,
             )
+            writer.totals("nodes", totals.nodes, policy.label, seed)
+            writer.totals("links", totals.links, policy.label, seed)
+            sink.flush()
             done += sink.kept
         if progress is not None:
             progress(done, done, "done")

@@ -21,8 +21,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.colors import sample_colorscale
 from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
 
 from isthmus.experiments.compare import PERCENTILES, Comparison, breakdown, merge
+from isthmus.experiments.places import group_of, link_rows, node_rows
 from isthmus.experiments.run_folder import Run
 from isthmus.experiments.traces import POINTS, sampled
 from isthmus.policies.records import Kind, Outcome
@@ -30,6 +32,7 @@ from isthmus.workloads.documents import write_text
 from isthmus.workloads.links import Link
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.routing import LinkId
+from isthmus.workloads.units import show_bytes
 
 SIMULATED, REAL = "#2f6db5", "#d9772b"
 """The colours of the two worlds, here and in the template."""
@@ -47,6 +50,9 @@ _HUES = {
 _OTHER = "#9a9a9a"
 _SMALL = 0.005  # of the longest bar: what never is longer is drawn together with its like
 
+_COURSE = 200  # bins of a run's course
+_UNITS = ((3600, "h"), (60, "min"), (1, "s"))
+_LINES = ["#2f6db5", "#d9772b", "#3a8f5c", "#96406c", "#b8321f", "#5f432f", "#6d3f80", "#888888"]
 _POINTS = 400  # of a distribution that are drawn; the tail is kept
 
 
@@ -79,7 +85,7 @@ def write_report(path: str | Path, subjects: Sequence[Comparison | Run], *, titl
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"ms": _ms, "percent": _percent}
+    environment.filters |= {"ms": _ms, "percent": _percent, "bytes": show_bytes}
     html = environment.get_template("report.html.j2").render(
         title=title,
         sections=sections,
@@ -117,8 +123,7 @@ def _section(number: int, subject: Comparison | Run, charts: _Charts) -> dict[st
             {
                 "node": source.node,
                 "model": source.model,
-                "arrivals": source.arrivals.kind
-                + (f", {source.arrivals.rate:g} per second" if hasattr(source.arrivals, "rate") else ""),
+                "arrivals": source.arrivals.kind + _pace(getattr(source.arrivals, "rate", None)),
             }
             for source in spec.workload
         ],
@@ -129,7 +134,10 @@ def _section(number: int, subject: Comparison | Run, charts: _Charts) -> dict[st
         "oracles": oracles,
         "fidelity": None if comparison is None else comparison.to_json(),
         "distributions": [(p, _distribution(p, shown, charts)) for p in policies],
+        "course": _course(policies, shown[0].run, charts),
         "breakdown": _where_time_went(policies, shown, charts),
+        "nodes": node_rows(shown[0].run),
+        "links": link_rows(shown[0].run),
         "rates": _rates(shown[0].run, charts),
         "rates_drawn": shown[0].run.testbed.at_seed(spec.seeds[0]) is not shown[0].run.testbed,
         "provenance": _provenance(runs),
@@ -137,6 +145,12 @@ def _section(number: int, subject: Comparison | Run, charts: _Charts) -> dict[st
             {k: v for k, v in shown[0].run.facts["experiment"].items() if k != "name"}, sort_keys=False
         ),
     }
+
+
+def _pace(per_s: float | None) -> str:
+    if per_s is None:
+        return ""
+    return f", {per_s:g} per second" if per_s >= 0.1 else f", {3600 * per_s:.4g} per hour"
 
 
 def _results(policy: str, worlds: Iterable[_World]) -> dict[str, Any]:
@@ -212,6 +226,40 @@ def _distribution(policy: str, worlds: Iterable[_World], charts: _Charts) -> Mar
     return charts.html(figure, 220, buttons=False, showlegend=False, hovermode="x")
 
 
+def _course(policies: list[str], run: Run, charts: _Charts) -> Markup | None:
+    """How a long run went: the 95th percentile of latency and the share in time, by time of arrival and policy."""
+    requests = run.requests
+    until_s = float(requests["arrival_s"].max())
+    if len(requests) < _COURSE * len(policies) or not until_s > 0:
+        return None
+    bins = min(_COURSE, len(requests) // (20 * len(policies)))
+    unit_s, unit = next((size, name) for size, name in _UNITS if until_s >= 2 * size or size == 1)
+    middle = (np.arange(bins) + 0.5) * until_s / bins / unit_s
+    figure = make_subplots(rows=3, shared_xaxes=True, vertical_spacing=0.05, row_heights=[0.5, 0.27, 0.23])
+    which = np.minimum((requests["arrival_s"].to_numpy() * bins / until_s).astype(int), bins - 1)
+    for policy, colour in zip(policies, _LINES * len(policies), strict=False):
+        mine = (requests["policy"] == policy).to_numpy()
+        of = requests.loc[mine, ["latency_s", "outcome"]].groupby(which[mine])
+        p95, in_time = of["latency_s"].quantile(0.95), of["outcome"].agg(lambda o: (o == "completed").mean())
+        line = {"color": colour, "width": 1.5}
+        for row, y, said in ((1, 1e3 * p95, "%{y:.4g} ms"), (2, in_time, "%{y:.1%}")):
+            figure.add_scatter(
+                x=middle, y=y.reindex(range(bins)), name=escape(policy), mode="lines", line=line, row=row, col=1,
+                legendgroup=policy, showlegend=row == 1, hovertemplate=said,
+            )  # fmt: skip
+    first = (requests["policy"] == policies[0]).to_numpy()
+    rate = np.bincount(which[first], minlength=bins) * bins / until_s / requests["seed"].nunique()
+    figure.add_scatter(
+        x=middle, y=rate, row=3, col=1, showlegend=False, mode="lines", fill="tozeroy",
+        line={"color": "#999", "width": 1}, hovertemplate="%{y:.3g} per second",
+    )  # fmt: skip
+    figure.update_yaxes(title="p95, ms", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title="in time", range=[0, 1.02], tickformat=".0%", row=2, col=1)
+    figure.update_yaxes(title="requests/s", rangemode="tozero", row=3, col=1)
+    figure.update_xaxes(title=f"time of arrival, {unit}", row=3, col=1)
+    return charts.html(figure, 460, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}, hovermode="x")
+
+
 def _kept(total: int) -> np.ndarray[Any, np.dtype[np.int_]]:
     """Which of so many sorted values to draw: evenly spread, and the last ones all."""
     even = np.linspace(0, total - 1, min(total, _POINTS)).astype(int)
@@ -262,8 +310,8 @@ def _where_time_went(policies: list[str], worlds: Sequence[_World], charts: _Cha
 
 
 def _places(run: Run) -> list[str]:
-    """Nodes and links by name, in the order of the testbed."""
-    return [*run.testbed.nodes, *(f"{a}>{b}" for a, b in run.testbed.links)]
+    """Nodes and links by name, in the order of the testbed; groups as one."""
+    return list(dict.fromkeys(group_of(run.testbed.spec).values()))
 
 
 def _bar(figure: go.Figure, labels: list[list[str]], seconds: pd.Series, name: str, colour: str) -> None:
@@ -280,7 +328,9 @@ def _rates(run: Run, charts: _Charts) -> Markup | None:
     """
     until_s = float(run.requests[["arrival_s", "end_s"]].max().max())
     seed = run.experiment.seeds[0]
-    named = _changing(run.testbed.at_seed(seed).links)
+    testbed = run.testbed.at_seed(seed)
+    firsts = {way for link in testbed.spec.links for a, b in testbed.spec.pairs(link)[:1] for way in ((a, b), (b, a))}
+    named = _changing({way: link for way, link in testbed.links.items() if way in firsts})  # of a group, one
     if not named:
         return None
     figure = go.Figure()

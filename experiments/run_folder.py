@@ -3,6 +3,8 @@
     run.json          schema version, world, resolved experiment, seeds, git revision, host, packages, profile hashes
     requests.parquet  one row per request (policies/records.py has the columns)
     spans.parquet     one row per thing that took time inside a request
+    nodes.parquet     one row per node: what it did in all (simulations)
+    links.parquet     one row per link and direction (simulations)
     decisions.jsonl   the views that a controller decided on, and its plans (real runs)
     profiles/         copies of the profiles and overheads that the run used
     traces/           copies of the trace files of its links, named by their content; one of more than 16 MiB is not
@@ -20,14 +22,14 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -50,7 +52,9 @@ _COPIED_BYTES = 16 * 2**20
 _CHUNK = 2_000
 """Records that are kept as they are, before they become columns; few, so that they are still in the cache then."""
 _ROW_GROUP = 100_000
+_TABLES = ("requests.parquet", "spans.parquet", "nodes.parquet", "links.parquet")
 _PACKAGES = ("isthmus", "numpy", "onnx", "onnxruntime", "simpy", "ray")
+_KINDS = {"str": "string", "int": "int64", "float": "float64"}
 _TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
 
@@ -102,6 +106,10 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
     return values if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
+def _cell(policy: str, seed: int, rows: int) -> dict[str, pa.Array]:
+    return {"policy": pa.repeat(policy, rows), "seed": pa.repeat(pa.scalar(seed, pa.int64()), rows)}
+
+
 class Sink:
     """Takes the records of one policy and seed, and turns them into columns, many at a time."""
 
@@ -127,22 +135,29 @@ class Sink:
         latency_s = pc.subtract(end_s, arrival_s)
         count = len(self._records)
         self._requests.add(
-            {**columns, **self._cell(count), "arrival_s": arrival_s, "end_s": end_s, "latency_s": latency_s}
+            {
+                **columns,
+                **_cell(self._policy, self._seed, count),
+                "arrival_s": arrival_s,
+                "end_s": end_s,
+                "latency_s": latency_s,
+            }
         )
         if self._spans is not None and (rows := list(chain.from_iterable(spans))):
             lengths = [len(of) for of in spans]
             which = pa.array(np.repeat(np.arange(count), lengths))
             of = {name: pa.array(columns[name]).take(which) for name in ("source", "number")}
             self._spans.add(
-                {**dict(zip(Span._fields, zip(*rows, strict=True), strict=True)), **of, **self._cell(len(rows))}
+                {
+                    **dict(zip(Span._fields, zip(*rows, strict=True), strict=True)),
+                    **of,
+                    **_cell(self._policy, self._seed, len(rows)),
+                }
             )
         self._records.clear()
         self.kept += count
         if self._tick is not None:
             self._tick(self.kept)
-
-    def _cell(self, rows: int) -> dict[str, pa.Array]:
-        return {"policy": pa.repeat(self._policy, rows), "seed": pa.repeat(pa.scalar(self._seed, pa.int64()), rows)}
 
 
 class RunWriter:
@@ -156,12 +171,13 @@ class RunWriter:
         self._facts = {**_facts(world, spec, testbed), **facts}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for old in ("run.json", "requests.parquet", "spans.parquet", "decisions.jsonl"):
+            for old in ("run.json", *_TABLES, "decisions.jsonl"):
                 (folder / old).unlink(missing_ok=True)
             _keep_inputs(folder, testbed)
             self._requests = _Table(folder / "requests.parquet", REQUEST_COLUMNS)
             self._spans = _Table(folder / "spans.parquet", SPAN_COLUMNS)
             self._sink: Sink | None = None
+            self._totals: dict[str, _Table] = {}
             self._decisions = (folder / "decisions.jsonl.partial").open("w", encoding="utf-8")
         except OSError as error:
             raise RunFailure(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -186,6 +202,19 @@ class RunWriter:
             self.decision(decision_row(request, attempt, view, plan), policy, seed)
 
         return keep
+
+    def totals(self, name: str, rows: Sequence[NamedTuple], policy: str, seed: int) -> None:
+        """What every place did under one policy and seed, into the table of that name: `nodes` or `links`."""
+        if not rows:
+            return
+        if name not in self._totals:
+            columns = {"policy": "string", "seed": "int64"} | {
+                field: next(kind for part, kind in _KINDS.items() if part in str(hint))
+                for field, hint in type(rows[0]).__annotations__.items()
+            }
+            self._totals[name] = _Table(self.folder / f"{name}.parquet", columns)
+        values = dict(zip(rows[0]._fields, zip(*rows, strict=True), strict=True))
+        self._totals[name].add({**values, **_cell(policy, seed, len(rows))})
 
     def decision(self, row: Mapping[str, Any], policy: str, seed: int) -> None:
         self._decisions.write(json.dumps({"policy": policy, "seed": seed, **row}) + "\n")
@@ -212,6 +241,8 @@ class RunWriter:
                 self._flush()
             self._requests.close(whole=whole)
             self._spans.close(whole=whole)
+            for totals in self._totals.values():
+                totals.close(whole=whole)
             if whole:
                 self._facts["status"] = "complete" if kind is None else "interrupted"
                 text = json.dumps(self._facts, indent=1, default=str) + "\n"
@@ -222,7 +253,7 @@ class RunWriter:
             for left in self.folder.glob("*.partial"):
                 with suppress(OSError):
                     left.unlink()
-            for table in ("requests.parquet", "spans.parquet", "decisions.jsonl"):
+            for table in (*_TABLES, "decisions.jsonl"):
                 with suppress(OSError):
                     (self.folder / table).unlink()
             if whole:
@@ -277,6 +308,16 @@ class Run:
     def spans(self) -> pd.DataFrame:
         """One row per wait, compute, encode, send, decode, decide, load."""
         return self._table("spans.parquet")
+
+    @cached_property
+    def nodes(self) -> pd.DataFrame:
+        """One row per policy, seed and node: what it did in all. InputError for a run that has none."""
+        return self._table("nodes.parquet")
+
+    @cached_property
+    def links(self) -> pd.DataFrame:
+        """The same of every link, by direction."""
+        return self._table("links.parquet")
 
     @cached_property
     def decisions(self) -> list[dict[str, Any]]:

@@ -429,7 +429,7 @@ class _Simulation:
         left_s = leg.links[hop].carry(token, now)
         if self._losses is not None and self._losses.takes(token, now):
             leg.links[hop].lose(token)
-        if token.home.estimates and left_s is not None:
+        if left_s is not None and token.home.estimates:
             self._left(token, left_s)
 
     def _left(self, token: Token, at_s: float) -> None:
