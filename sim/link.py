@@ -31,7 +31,10 @@ class LinkTotals(NamedTuple):
     air_s: float
     """The same, of every message by itself: two at once for one second are two."""
     waited_s: float
-    """What the messages wait together before their first byte goes; of those that still wait, all of it."""
+    """What the messages wait together before their first byte goes; of those that still wait, all of it.
+
+    What stands on a link that was cut for ever, or waits there, counts in none of these times.
+    """
     lost_packets: int
 
 
@@ -85,7 +88,8 @@ class FifoLink:
         leg, constant, start_s = token.leg, self._constant, self._free_s
         size = leg.bytes
         if start_s > now_s:
-            self._waited_s += start_s - now_s
+            if start_s < INFINITY:
+                self._waited_s += start_s - now_s
         else:
             start_s = now_s
         if constant is not None:
@@ -115,7 +119,8 @@ class FifoLink:
 
     def reset(self, now_s: float) -> None:
         if self._free_s > now_s:
-            self._busy_s -= self._free_s - now_s
+            if self._free_s < INFINITY:
+                self._busy_s -= self._free_s - now_s
             self._free_s = now_s
 
     def totals(self, now_s: float) -> LinkTotals:

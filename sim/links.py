@@ -17,7 +17,7 @@ from typing import Protocol
 
 from isthmus.policies.records import Span
 from isthmus.sim.clock import Callbacks, Clock
-from isthmus.sim.link import SEND, WAIT, Carrier, FifoLink, LinkTotals
+from isthmus.sim.link import INFINITY, SEND, WAIT, Carrier, FifoLink, LinkTotals
 from isthmus.sim.sharing import Flow, Sharing
 from isthmus.sim.token import Token
 from isthmus.workloads.links import Link
@@ -156,8 +156,10 @@ class TcpFifoLink(_TcpLink):
         for size in again:
             left_s = finish(left_s + self._rtt_s, size)
         self._free_s = left_s
-        self._waited_s += start_s - now_s
-        self._busy_s += left_s - start_s
+        if start_s < INFINITY:
+            self._waited_s += start_s - now_s
+        if left_s < INFINITY:  # else the link was cut for ever
+            self._busy_s += left_s - start_s
         if radio is not None:
             self._clock.call(left_s, partial(radio, left_s - start_s, left_s))
         self._arrived_s = self._leave(token, now_s, start_s, left_s, self._arrived_s)
@@ -169,12 +171,14 @@ class TcpFifoLink(_TcpLink):
     def reset(self, now_s: float) -> None:
         self._window = self._first_window
         if self._free_s > now_s:
-            self._busy_s -= self._free_s - now_s
+            if self._free_s < INFINITY:
+                self._busy_s -= self._free_s - now_s
             self._free_s = now_s
         self._arrived_s = now_s
 
     def totals(self, now_s: float) -> LinkTotals:
-        busy_s = self._busy_s - max(self._free_s - now_s, 0.0)
+        ahead_s = max(self._free_s - now_s, 0.0) if self._free_s < INFINITY else 0.0
+        busy_s = self._busy_s - ahead_s
         return LinkTotals(self.place, self._messages, self._bytes, busy_s, busy_s, self._waited_s, self._lost)
 
 

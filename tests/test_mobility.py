@@ -15,6 +15,7 @@ from isthmus.policies.least_delay import LeastDelay
 from isthmus.policies.neurosurgeon import Neurosurgeon
 from isthmus.policies.records import Kind, Outcome, Record, Span
 from isthmus.policies.static import Fixed, Local, Random, Remote
+from isthmus.sim.simulator import simulate
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.faults import LinkFault, LostMessages, NodeFault
 from isthmus.workloads.mobility import Positions, RandomWaypoint, Waypoints, serving
@@ -363,6 +364,24 @@ losses = st.builds(
 @pytest.fixture(scope="module")
 def roaming(synthetic):
     return synthetic(ROAMING, ROAMING_LINKS)
+
+
+KINDS_OF_LINKS: list[dict[str, Any]] = [{}, {"discipline": "fair"}, {"loss": 0.02}, {"slow_start": True}]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LINKS)
+@pytest.mark.parametrize("down", [None, 40.5, 0.0])
+def test_links_of_every_kind_are_cut_off_and_left(synthetic, kind, down):
+    bed = synthetic(NODES, [{**link, **kind} if "device" in link["between"] else link for link in LINKS])
+    faults = [] if down is None else [LinkFault(link=("a", "device"), down=down)]
+    requests = [Request(i, "device", "chain", t) for i, t in enumerate([40.0, 40.2, 49.5, 49.75, 50.5, 60.0])]
+    records: list[Record] = []
+    totals = simulate(bed, {"device": requests}, {"device": Remote("cloud")}, records.append, seed=1, faults=faults)
+    assert [r.outcome for r in records] == [Outcome.COMPLETED] * 6
+    assert (down is None) == any(r.end_s < 50 for r in records)
+    for record in records:
+        check_account(record)
+    assert all(0 <= t < 100 for link in totals.links for t in (link.busy_s, link.air_s, link.waited_s))
 
 
 @settings(max_examples=100)

@@ -203,6 +203,41 @@ def test_two_sources_share_a_server(synthetic, play, requests, rho):
 # Nodes that are more than a queue
 
 
+class ByRoute:
+    """The first block, the second and the rest, each on a node that the source's route says."""
+
+    def __init__(self, routes: dict[str, tuple[str, str, str]]) -> None:
+        self.routes = routes
+
+    def decide(self, request, view):
+        return split(view.testbed.models[request.model], (1, 2), self.routes[request.source])
+
+
+def test_an_open_network_of_four_queues(synthetic, play, requests):
+    """Jackson 1957: with Poisson arrivals and exponential services each queue of a network is as if it were alone, an
+    M/M/1 queue of all that comes by. Each node here runs one part of the model, which takes 1 s on average."""
+    rate = 0.25
+    routes = {"s1": ("a", "c", "d"), "s2": ("b", "c", "s2"), "s3": ("s3", "c", "d"), "s4": ("b", "s4", "d")}
+    model = synthetic({"a": "1s"}, []).models["chain"]
+    one = synthetic({"a": "1s"}, []).service("a", "chain")
+    share = [one.mean_s(stage.part) for stage in split(model, (1, 2), ("a", "b", "c")).stages]
+    nodes: dict[str, Any] = dict.fromkeys((*routes, "hub"), "1ns")
+    for name, part in zip("abcd", (0, 0, 1, 2), strict=True):
+        nodes[name] = {"service": {"mean": 1 / share[part], "distribution": "exponential"}}
+    testbed = synthetic(nodes, [{"between": [n, "hub"], **WITHOUT_DELAY} for n in nodes if n != "hub"])
+    visits = {name: sum(name in route for route in routes.values()) for name in "abcd"}
+    theory = sum(many / (1 - many * rate) for many in visits.values()) / len(routes)
+
+    def while_all_send(records: list[Record]) -> float:
+        last = min(max(r.arrival_s for r in records if r.source == s) for s in routes)
+        return mean_latency([r for r in records if r.arrival_s <= last])
+
+    agrees(
+        play, testbed, lambda: ByRoute(routes), dict.fromkeys(routes, rate), theory, while_all_send,
+        requests=requests // 4, width=2,
+    )  # fmt: skip
+
+
 def node(synthetic, **fields: Any) -> Testbed:
     """One node that takes 1 s on average, exponentially, unless its `service` says otherwise."""
     return synthetic({"device": {"service": {"mean": "1s", "distribution": "exponential"}, **fields}}, [])
