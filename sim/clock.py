@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from heapq import heappush
-from typing import Any
+from typing import Any, NoReturn
 
 import simpy
 
@@ -43,6 +43,10 @@ class Clock(simpy.Environment):  # type: ignore[misc]  # simpy has no types
     def pending(self) -> int:
         """Events that are still to happen."""
         return len(self._queue)
+
+    def stop(self) -> NoReturn:
+        """End the run that is going on, now."""
+        raise simpy.core.StopSimulation(None)
 
     def arm(self, event: Armed, at_s: float, callbacks: Callbacks) -> None:
         """Call back with the event at a time: at exactly that one, where a delay from now would be rounded.

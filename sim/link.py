@@ -94,9 +94,11 @@ class FifoLink:
             start_s = now_s
         if constant is not None:
             left_s = start_s + size / constant  # its busy time follows from its bytes
+        elif start_s == INFINITY:
+            left_s = INFINITY  # the link was cut for ever, and others wait already
         else:
             left_s = self._rate.finish_s(start_s, size)
-            if left_s < INFINITY:  # else the link was cut for ever
+            if left_s < INFINITY:
                 self._busy_s += left_s - start_s
         self._messages += 1
         self._bytes += size

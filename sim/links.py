@@ -145,6 +145,14 @@ class TcpFifoLink(_TcpLink):
     ) -> None:
         super().__init__(clock, link, rtt_s, seed, arrived, radio)
         self._free_s = self._arrived_s = 0.0
+        self._on_air: list[tuple[float, float]] = []  # with a radio: from when until when, of what has not left
+
+    def _off_air(self, start_s: float, left_s: float) -> None:
+        """A message has left, if it was not given up."""
+        if (start_s, left_s) in self._on_air:
+            self._on_air.remove((start_s, left_s))
+            assert self._radio is not None
+            self._radio(left_s - start_s, left_s)
 
     def carry(self, token: Token, now_s: float) -> float:
         finish, radio = self._link.rate.finish_s, self._radio
@@ -160,8 +168,9 @@ class TcpFifoLink(_TcpLink):
             self._waited_s += start_s - now_s
         if left_s < INFINITY:  # else the link was cut for ever
             self._busy_s += left_s - start_s
-        if radio is not None:
-            self._clock.call(left_s, partial(radio, left_s - start_s, left_s))
+        if radio is not None and start_s < INFINITY:
+            self._on_air.append((start_s, left_s))
+            self._clock.call(left_s, partial(self._off_air, start_s, left_s))
         self._arrived_s = self._leave(token, now_s, start_s, left_s, self._arrived_s)
         return left_s
 
@@ -175,6 +184,10 @@ class TcpFifoLink(_TcpLink):
                 self._busy_s -= self._free_s - now_s
             self._free_s = now_s
         self._arrived_s = now_s
+        on_air, self._on_air = self._on_air, []
+        for start_s, _ in on_air:
+            if self._radio is not None and start_s < now_s:
+                self._radio(now_s - start_s, now_s)
 
     def totals(self, now_s: float) -> LinkTotals:
         ahead_s = max(self._free_s - now_s, 0.0) if self._free_s < INFINITY else 0.0

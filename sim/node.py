@@ -6,6 +6,7 @@ known when it comes, and there is one event per token and no queue. `sim/nodes.p
 
 from __future__ import annotations
 
+import math
 from heapq import heapreplace
 from typing import NamedTuple, Protocol
 
@@ -54,13 +55,13 @@ class Place:
 
     __slots__ = (
         "_clock", "_node", "_since_s", "_up_s", "aside_s", "battery", "life", "memory", "name", "refused",
-        "served", "slots", "up", "waited_s",
+        "served", "slots", "up", "waited_s", "went_s",
     )  # fmt: skip
 
     def __init__(self, clock: Clock, node: Node) -> None:
         self._clock, self._node = clock, node
         self.name, self.slots = node.name, node.slots
-        self.up, self.life = True, 0
+        self.up, self.life, self.went_s = True, 0, math.inf
         self._since_s = self._up_s = 0.0
         self.served = self.refused = 0
         self.waited_s = self.aside_s = 0.0
@@ -95,6 +96,7 @@ class Place:
     def go_down(self, now_s: float) -> None:
         """All that waits or runs, and all that was loaded, is lost."""
         self.life += 1
+        self.went_s = now_s
         if self.up:
             self.up = False
             self._up_s += now_s - self._since_s

@@ -36,6 +36,7 @@ from isthmus.sim.node import NodeTotals, Place
 from isthmus.sim.nodes import make_node
 from isthmus.sim.token import Token
 from isthmus.sim.wiring import Leg, Wired, Wiring
+from isthmus.workloads.errors import InputError
 from isthmus.workloads.faults import Fault, LinkFault, LostMessages, NodeFault, merged
 from isthmus.workloads.requests import ClosedLoop, Request
 from isthmus.workloads.routing import NONE_DOWN, LinkId
@@ -95,12 +96,12 @@ def simulate(
 class Home:
     """A source: its dispatcher, and its closed loop if it has one."""
 
-    __slots__ = ("battery", "decide_s", "dispatcher", "estimates", "loop", "node", "spans", "users", "wired")
+    __slots__ = ("asks", "battery", "decide_s", "dispatcher", "estimates", "loop", "node", "spans", "wired")
 
     wired: Wired | None
     """The plan that it used last."""
-    users: int
-    """Of a closed loop: those that will still ask, or wait for an answer."""
+    asks: bool
+    """Of a closed loop: whether there may still be a request."""
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class Home:
     ) -> None:
         self.dispatcher, self.node, self.loop, self.decide_s, self.wired = dispatcher, node, loop, decide_s, None
         self.battery = node.battery
+        self.asks = loop is not None
         self.estimates, self.spans = dispatcher.estimates, spans or dispatcher.wants_spans
 
 
@@ -132,7 +134,7 @@ class _Simulation:
     ) -> None:
         self.clock = Clock()
         self.testbed, self.sink, self.drain_s, self.durations, self.spans = testbed, sink, drain_s, durations, spans
-        self._arrived_at, self._received_at = (self._arrived,), (self._received_later,)
+        self._arrived_at, self._received_at = (self._arrived,), (self._decoded,)
         self._answered_at = (self._answered,)
         world, computed = afflicted(testbed, faults), (self._computed,)
         self.nodes = {
@@ -148,18 +150,21 @@ class _Simulation:
             else make(link, self._arrived_at)
             for i, link in world.links.items()
         }
+        self._mortal = any(isinstance(f, NodeFault) for f in faults) or bool(batteries)
         self._cut = NONE_DOWN  # links that a fault holds up
         self._away = dict.fromkeys(moving, NONE_DOWN)  # links to cells that do not serve a node
         self._stranded: list[tuple[Token, float]] = []  # messages for which there is no way now, and since when
         self._following = 0  # nodes whose next change of links is in the clock's heap
+        self._quiet_s: float | None = None  # since when nodes move and nothing else happens
         self._losses = Losses(faults, seed) if any(isinstance(f, LostMessages) for f in faults) else None
         self._wire = Wiring(testbed, self.nodes, self.links, seed)
         self._wake_s = testbed.overheads.wake_s
         compiler = Compiler(testbed)
-        self._over = self.clock.event()
         self._open = 0
         open_loops: list[tuple[Home, Iterator[Request]]] = []
         self.homes: dict[str, Home] = {}
+        if lacking := sorted(requests.keys() - policies.keys()):
+            raise InputError(f"no policy is given for the requests of {lacking[0]!r}")
         for source, policy in policies.items():
             dispatcher = Dispatcher(source, policy, testbed, compiler, name=name, watch=watch)
             decide_s = 0.0 if is_oracle(policy) else testbed.overheads.decide_s.get(name, 0.0)
@@ -191,13 +196,8 @@ class _Simulation:
 
     def run(self) -> None:
         try:
-            if self._sources or self._open:
-                with few_collections():
-                    self.clock.run(until=self._over)
-        except RuntimeError:
-            if self.clock.peek() < math.inf:
-                raise
-            # Nothing is left to happen: what is open waits for an answer that was lost.
+            with few_collections():
+                self.clock.run()  # until it is stopped, or nothing is left to happen
         except KeyboardInterrupt:
             self._close_all("interrupted")
             raise
@@ -218,7 +218,7 @@ class _Simulation:
         for home in self.homes.values():
             for record in home.dispatcher.end(reason=reason):
                 assert isinstance(record, Record)
-                self._keep(record)
+                self.sink(record)
 
     # Requests come and go
 
@@ -226,7 +226,7 @@ class _Simulation:
         """Of all open sources together, or of a closed loop, nothing more will come."""
         self._sources -= 1
         if not self._sources:
-            self.clock.call(now + self.drain_s, self._stop)
+            self.clock.call(now + self.drain_s, self.clock.stop)
 
     def _arrive(self, home: Home, request: Request, now: float) -> None:
         self._open += 1
@@ -235,32 +235,36 @@ class _Simulation:
         self._carry_out(home, home.dispatcher.arrive(request, now), now)
 
     def _begin_loop(self, home: Home) -> None:
-        assert home.loop is not None
-        requests = home.loop.first()
-        home.users = len(requests)
-        for request in requests:
-            self._ask(home, request)
-        if not requests:
-            self._exhausted(0.0)
+        loop = home.loop
+        assert loop is not None
+        if loop.until_s < math.inf:
+            self.clock.call(loop.until_s, partial(self._loop_ends, home))
+        for request in loop.first():
+            self._ask(home, loop, request)
 
-    def _ask(self, home: Home, request: Request) -> None:
+    def _loop_ends(self, home: Home) -> None:
+        """The time of a closed loop is up, or its last request has come."""
+        if home.asks:
+            home.asks = False
+            self._exhausted(float(self.clock.now))
+
+    def _ask(self, home: Home, loop: ClosedLoop, request: Request) -> None:
         """A user of a closed loop will ask."""
         self._open += 1  # from now on: who is thinking is not done
-        self.clock.call(request.arrival_s, partial(self._asked, home, request))
+        self.clock.call(request.arrival_s, partial(self._asked, home, loop, request))
 
-    def _asked(self, home: Home, request: Request) -> None:
+    def _asked(self, home: Home, loop: ClosedLoop, request: Request) -> None:
         now = request.arrival_s
         self._look_at_battery(home, now)
-        self._carry_out(home, home.dispatcher.arrive(request, now), now)
+        actions = home.dispatcher.arrive(request, now)
+        if loop.is_last(request):
+            self._loop_ends(home)
+        self._carry_out(home, actions, now)
 
     def _ask_again(self, home: Home, loop: ClosedLoop, now: float) -> None:
         request = loop.after(now)
         if request is not None:
-            self._ask(home, request)
-            return
-        home.users -= 1
-        if not home.users:
-            self._exhausted(now)
+            self._ask(home, loop, request)
 
     def _carry_out(self, home: Home, actions: Sequence[Action], now: float) -> None:
         for action in actions:
@@ -278,11 +282,7 @@ class _Simulation:
         self.sink(record)
         self._open -= 1
         if not self._open and not self._sources:
-            self._stop()
-
-    def _stop(self) -> None:
-        if not self._over.triggered:
-            self._over.succeed()
+            self.clock.stop()
 
     def _look_at_battery(self, home: Home, now: float) -> None:
         """Before its dispatcher decides: what is left at the source."""
@@ -347,7 +347,11 @@ class _Simulation:
             stranded, self._stranded = self._stranded, []
             for token, since_s in (*stranded, *again):
                 self._reroute(token, since_s, now)
-        if self._stranded or self.clock.pending > self._following:
+        if self.clock.pending > self._following:
+            self._quiet_s = None
+        elif self._quiet_s is None:
+            self._quiet_s = now
+        if self._quiet_s is None or (self._stranded and now - self._quiet_s <= self.drain_s):
             self._follow(node, changes)
         # else nodes move, and nothing else will ever happen
 
@@ -397,7 +401,7 @@ class _Simulation:
         self._send(token, wired.first, now)
 
     def _decided(self, token: Token) -> None:
-        if token.home.node.up:
+        if token.life == token.home.node.life:
             self._send(token, token.wired.first, token.at_s)
 
     def _send(self, token: Token, legs: tuple[Leg, ...], now: float) -> None:
@@ -416,7 +420,7 @@ class _Simulation:
             self._enter(token, now)
 
     def _encoded(self, token: Token) -> None:
-        if token.leg.nodes[0].up:
+        if token.life == token.leg.nodes[0].life:
             self._enter(token, token.at_s)
 
     def _enter(self, token: Token, now: float) -> None:
@@ -427,15 +431,23 @@ class _Simulation:
             self._reroute(token, now, now)
             return
         left_s = leg.links[hop].carry(token, now)
+        if self._mortal:
+            token.ends = leg.nodes[hop].life, leg.nodes[hop + 1].life
+            token.left_s = math.inf if left_s is None else left_s
         if self._losses is not None and self._losses.takes(token, now):
             leg.links[hop].lose(token)
         if left_s is not None and token.home.estimates:
-            self._left(token, left_s)
+            self._tell_sent(token, left_s)
 
     def _left(self, token: Token, at_s: float) -> None:
-        """The last byte leaves a link: at once, or at a time that was known when the message entered."""
+        """The last byte leaves a link that did not know when it would."""
+        token.left_s = at_s
+        if token.home.estimates:
+            self._tell_sent(token, at_s)
+
+    def _tell_sent(self, token: Token, at_s: float) -> None:
         leg, hop, start = token.leg, token.hop, token.start
-        if leg.tells[hop] and token.home.estimates:
+        if leg.tells[hop]:
             token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, at_s)
 
     def _arrived(self, token: Token) -> None:
@@ -443,25 +455,37 @@ class _Simulation:
         leg = token.leg
         hop = token.hop = token.hop + 1
         now = token.at_s
-        if not leg.nodes[hop].up:
-            return
-        if hop < len(leg.links):
+        if self._mortal and self._broke_off(token):
+            home, start = token.home, token.start
+            said = home.dispatcher.lost(start.request.number, start.attempt, "a node on its way went down", now)
+            self._carry_out(home, said, now)
+        elif hop < len(leg.links):
             self._enter(token, now)
+        elif leg.decode_s > 0:
+            self._took(token, Kind.DECODE, leg.nodes[hop], now, now + leg.decode_s, leg.source)
+            self.clock.arm(token, now + leg.decode_s, self._received_at)
         else:
-            if leg.decode_s > 0:
-                self._took(token, Kind.DECODE, leg.nodes[hop], now, now + leg.decode_s, leg.source)
-                self.clock.arm(token, now + leg.decode_s, self._received_at)
-            else:
-                self._received(token, now)
+            self._received(token, now)
 
-    def _received_later(self, token: Token) -> None:
-        self._received(token, token.at_s)
+    def _broke_off(self, token: Token) -> bool:
+        """Whether the receiver went while a message was on its link, or the sender before it had left."""
+        sender, receiver = token.leg.nodes[token.hop - 1 : token.hop + 1]
+        sent, received = token.ends
+        return receiver.life != received or (sender.life != sent and sender.went_s < token.left_s)
+
+    def _decoded(self, token: Token) -> None:
+        if token.life == token.leg.nodes[-1].life:
+            self._received(token, token.at_s)
 
     def _received(self, token: Token, now: float) -> None:
         """A message is there; when its stage has all that it waits for, it goes to its node."""
         stage, missing = token.leg.target, token.missing
         if missing is not None:
             missing[stage] -= 1
+            if stage >= 0:
+                life = token.wired.steps[stage].node.life
+                if token.met.setdefault(stage, life) != life:
+                    return  # the node went, with what it had of it
             if missing[stage]:
                 return
         if stage == -1:
@@ -505,7 +529,9 @@ class _Simulation:
     def _refused(self, token: Token, reason: str, now_s: float) -> None:
         """A node had no room for a token."""
         home, start = token.home, token.start
-        said = home.dispatcher.refused(start.request.number, start.attempt, reason, now_s, token.spans or ())
+        # Of branches that go on, what has ended: the rest will be on no record.
+        spans = [span for span in token.spans or () if span.end_s <= now_s]
+        said = home.dispatcher.refused(start.request.number, start.attempt, reason, now_s, spans)
         self._carry_out(home, said, now_s)
 
     def _answered(self, token: Token) -> None:
@@ -514,6 +540,7 @@ class _Simulation:
         self._carry_out(home, home.dispatcher.answer(start.request.number, start.attempt, answer, now), now)
 
     def _took(self, token: Token, kind: Kind, node: Place, start_s: float, end_s: float, stage: int) -> None:
+        token.life = node.life
         node.work_aside(end_s, start_s)
         if token.spans is not None:
             token.spans.append(Span(kind, node.name, start_s, end_s, token.start.attempt, stage))

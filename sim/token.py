@@ -20,7 +20,22 @@ if TYPE_CHECKING:
 class Token(Armed):
     """`spans` and `missing` are shared by all tokens of an attempt; None where nobody asks for them."""
 
-    __slots__ = ("begun_s", "home", "hop", "leg", "life", "loaded_s", "missing", "ready_s", "spans", "start", "wired")
+    __slots__ = (
+        "begun_s",
+        "ends",
+        "home",
+        "hop",
+        "left_s",
+        "leg",
+        "life",
+        "loaded_s",
+        "met",
+        "missing",
+        "ready_s",
+        "spans",
+        "start",
+        "wired",
+    )  # fmt: skip
 
     leg: Leg
     hop: int
@@ -29,12 +44,23 @@ class Token(Armed):
     loaded_s: float
     """When its part was there; only at a node whose memory is limited."""
     life: int
+    ends: tuple[int, int]
+    """The lives of both ends of the link that it is on; where nodes can go."""
+    left_s: float
+    """When its last byte left that link, as far as is known; where nodes can go."""
+    met: dict[int, int]
+    """By stage that waits for several: the life of its node when the first of them came."""
 
     def __init__(
         self, start: Start, home: Home, wired: Wired, spans: list[Span] | None, missing: list[int] | None
     ) -> None:
         self.start, self.home, self.wired, self.spans, self.missing = start, home, wired, spans, missing
+        if missing is not None:
+            self.met = {}
 
     def fork(self) -> Token:
         """Another one of the same attempt."""
-        return Token(self.start, self.home, self.wired, self.spans, self.missing)
+        other = Token(self.start, self.home, self.wired, self.spans, self.missing)
+        if self.missing is not None:
+            other.met = self.met
+        return other

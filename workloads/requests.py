@@ -115,6 +115,15 @@ class ClosedLoop:
         self._source, self._users, self._think_s = source, arrivals.users, think_s
         self._number = 0
 
+    @property
+    def until_s(self) -> float:
+        """When nobody asks any more."""
+        return math.inf if self._source.duration is None else self._source.duration
+
+    def is_last(self, request: Request) -> bool:
+        """Whether no request will come after this one, because there have been so many."""
+        return self._source.requests is not None and request.number + 1 == self._source.requests
+
     def first(self) -> list[Request]:
         """What the users ask first."""
         return [request for _ in range(self._users) if (request := self.after(0.0)) is not None]
