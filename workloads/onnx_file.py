@@ -2,9 +2,9 @@
 
 Knows the ONNX format. Must not know cuts, parts, profiles or machines.
 
-The form (`normalise`): no local functions; static shapes with batch 1, or as many as asked for; every tensor's type known; whatever
-depends on constants only is an initializer; every node leads to an output, has a unique name, and finds its
-inputs before it; no initializer is also an input.
+The form (`normalise`): no local functions; static shapes with batch 1, or a batch that was asked for; every
+tensor's type known; whatever depends on constants only is an initializer; every node leads to an output, has a
+unique name, and finds its inputs before it; no initializer is also an input.
 """
 
 from __future__ import annotations
