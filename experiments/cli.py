@@ -176,25 +176,42 @@ def profile(
     label: Annotated[str, typer.Option(help="What this machine is called in testbeds.")] = "host",
     pace: Annotated[str, typer.Option(help="Idle time before each run, as between requests.")] = "20ms",
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="profiles/MODEL@LABEL.json")] = None,
+    batches: Annotated[
+        str | None, typer.Option(help="Also what batches of these sizes cost, such as 1,2,4,8.", show_default="none")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model on this machine: the cost of every block, from real sessions."""
+    from isthmus.real.batches import measure_batches
     from isthmus.real.profiler import profile_model
     from isthmus.workloads.model import load_model
     from isthmus.workloads.testbed import profile_path
     from isthmus.workloads.units import parse_time
 
-    loaded, pace_s = load_model(model), parse_time(pace)
+    loaded, pace_s, sizes = load_model(model), parse_time(pace), _sizes(batches)
     path = out or profile_path(Path("profiles"), loaded.name, label)
     with _progress(f"profiling {loaded.name}", as_json) as move:
         made = profile_model(loaded, quick=quick, label=label, pace_s=pace_s, progress=move)
+        try:
+            made = made.with_batches(measure_batches(loaded, sizes, pace_s=pace_s, progress=move))
+        except InputError as error:  # what a profile is for most of the time, it is without batches
+            messages.print(escape(f"note: no batches: {error}"), highlight=False, soft_wrap=True)
     made.save(path)
     if as_json:
         whole_s = made.part_s(loaded, loaded.whole())
         emit({"file": str(path), "model": loaded.name, "whole_s": whole_s, "session_s": made.session_s,
-              "blocks_s": [b.seconds for b in made.blocks], "provenance": made.provenance})  # fmt: skip
+              "blocks_s": [b.seconds for b in made.blocks], "batches": {b.size: b.ratio for b in made.batches},
+              "provenance": made.provenance})  # fmt: skip
     else:
         tables.profile_table(loaded, made, path)
+
+
+def _sizes(text: str | None) -> list[int]:
+    """Sizes of batches as people type them; InputError for what is none."""
+    said = [] if text is None else text.split(",")
+    if any(not size.strip().isdecimal() or int(size) < 1 for size in said):
+        raise InputError(f"{text!r} are not sizes of batches", where="--batches", allowed="such as 1,2,4,8")
+    return [int(size) for size in said]
 
 
 @app.command()

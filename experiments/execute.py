@@ -314,14 +314,24 @@ def planned(experiment: Experiment, policy: PolicySpec, seed: int) -> set[Plan]:
     return plans
 
 
+def _batch_sizes(testbed: TestbedSpec) -> list[int]:
+    """The sizes to measure: 2, 4, 8, … up to the largest batch of each node that has a profile to ask, and that one."""
+    nodes = testbed.nodes.values()
+    batches = [n.batch for n in nodes if n.service is None and n.batch is not None and n.batch.cost is None]
+    sizes = {size for batch in batches for size in (*(2**k for k in range(batch.size.bit_length())), batch.size)}
+    return sorted(sizes - {1})
+
+
 def calibrate(
     experiment: Experiment, *, quick: bool = False, keep_profiles: bool = False, progress: Progress | None = None
 ) -> list[Path]:
     """Measure what simulating the experiment needs, on this host; the files written.
 
     Per model of the workload a profile, and what a pilot run finds its parts to cost at the workload's own rhythm;
-    then the overheads. `quick` skips the long profile of each block. `keep_profiles` does the pilot and the overheads
-    anew, with the profiles that there are: half a minute that makes up for a host that is not as fast as it was.
+    then the overheads. Where a node has a `batch` without its `cost`, what batches cost is in the profiles; InputError
+    for a model that cannot be batched. `quick` skips the long profile of each block. `keep_profiles` does the pilot
+    and the overheads anew, with the profiles that there are, batches and all: half a minute that makes up for a host
+    that is not as fast as it was.
     """
     from isthmus.real.calibrate import measure_overheads, measure_profiles, run_pilot
     from isthmus.real.cluster import local_ray
@@ -342,7 +352,8 @@ def calibrate(
             _check_ours(profile_path(experiment.store, model, label))
         if labels and not keep_profiles:
             models = [bare.models[name] for name in sources]
-            for profile in measure_profiles(ray, models, quick=quick, label=label, progress=progress):
+            sizes = _batch_sizes(experiment.testbed_spec)
+            for profile in measure_profiles(ray, models, quick=quick, label=label, batches=sizes, progress=progress):
                 path = profile_path(experiment.store, profile.model, label)
                 profile.save(path)
         testbed = experiment.build_testbed()

@@ -96,12 +96,14 @@ def profile_table(model: Model, profile: Profile, path: Path) -> None:
         ops = [model.layers[i].op for i in members(block)]
         said = " ".join(ops[:6]) + (" …" if len(ops) > 6 else "")
         rows.append([index, said, f"{cost.seconds * 1e3:.3f}", show_bytes(cut.bytes)])
+    batches = ", ".join(f"{batch.size} take ×{batch.ratio:.2f}" for batch in profile.batches)
     table(
         f"{model.name} on {profile.machine.label} ({profile.machine.cpu})",
         ["block>", "layers", "ms>", "after it>"],
         rows,
         caption=f"The whole: {profile.part_s(model, model.whole()) * 1e3:.2f} ms, of which "
-        f"{profile.session_s * 1e3:.2f} ms for having a session. {profile.provenance}. Written to {path}",
+        f"{profile.session_s * 1e3:.2f} ms for having a session. {profile.provenance}. "
+        f"{f'In batches {batches}. ' if batches else ''}Written to {path}",
     )
 
 

@@ -22,6 +22,7 @@ from isthmus.policies.contract import Policy, View
 from isthmus.policies.dispatch import Answer, Compiler, Dispatcher, Start
 from isthmus.policies.plan import Plan, split
 from isthmus.policies.records import Kind, Record
+from isthmus.real.batches import measure_batches
 from isthmus.real.cluster import results, start_actor
 from isthmus.real.emulation import Emulation
 from isthmus.real.profiler import profile_model
@@ -29,7 +30,7 @@ from isthmus.workloads.codecs import CODECS
 from isthmus.workloads.fit import fit_line, fit_rhythm, typical
 from isthmus.workloads.model import Model, Part
 from isthmus.workloads.overheads import CodecCost, Overheads
-from isthmus.workloads.profile import Profile, Rhythm, SessionCost
+from isthmus.workloads.profile import BatchCost, Profile, Rhythm, SessionCost
 from isthmus.workloads.progress import Progress
 from isthmus.workloads.requests import Request, Source
 from isthmus.workloads.service import Measured
@@ -52,10 +53,13 @@ class Bench:
         return self._progress
 
     def profile(self, model: Model, quick: bool, label: str) -> Profile:
-        def note(done: int, total: int, text: str) -> None:
-            self._progress = (done, total, text)
+        return profile_model(model, quick=quick, label=label, progress=self._note)
 
-        return profile_model(model, quick=quick, label=label, progress=note)
+    def batches(self, model: Model, sizes: Sequence[int]) -> tuple[BatchCost, ...]:
+        return measure_batches(model, sizes, progress=self._note)
+
+    def _note(self, done: int, total: int, text: str) -> None:
+        self._progress = (done, total, text)
 
     def codecs(self) -> dict[str, CodecCost]:
         """CPU seconds of every codec that does something, by the bytes of the tensor."""
@@ -113,21 +117,32 @@ class Bench:
 
 
 def measure_profiles(
-    ray: Any, models: Sequence[Model], *, quick: bool, label: str, progress: Progress | None = None
+    ray: Any,
+    models: Sequence[Model],
+    *,
+    quick: bool,
+    label: str,
+    batches: Sequence[int] = (),
+    progress: Progress | None = None,
 ) -> list[Profile]:
-    """Profile models inside an actor, one after another."""
+    """Profile models inside an actor, one after another, with what `batches` of these sizes cost.
+
+    InputError, before any profile is taken, for a model that cannot be batched.
+    """
     bench = start_actor(ray, Bench)
-    profiles = []
+
+    def measured(running: Any) -> Any:
+        while not ray.wait([running], timeout=0.5)[0]:
+            if progress is not None:
+                progress(*results(ray, [bench.progress.remote()])[0])
+        return results(ray, [running])[0]
+
     try:
-        for model in models:
-            running = bench.profile.remote(model, quick, label)
-            while not ray.wait([running], timeout=0.5)[0]:
-                if progress is not None:
-                    progress(*results(ray, [bench.progress.remote()])[0])
-            profiles += results(ray, [running])
+        costs = [measured(bench.batches.remote(model, batches)) for model in models]
+        profiles = [measured(bench.profile.remote(model, quick, label)) for model in models]
     finally:
         ray.kill(bench)
-    return profiles
+    return [profile.with_batches(cost) for profile, cost in zip(profiles, costs, strict=True)]
 
 
 def measure_overheads(

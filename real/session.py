@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from isthmus.real.cutter import cut_out
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.model import Model, Part
+from isthmus.workloads.model import Model, Part, tensor_of
 
 Array = npt.NDArray[Any]
 PROVIDER = "CPUExecutionProvider"
@@ -40,14 +40,16 @@ class PartSession:
     ) -> None:
         """`optimize=False` keeps the graph as it is: slower, and cut models then agree bit for bit.
 
-        `proto` is `model_proto(model)`, for who loads several parts. Raises InputError as `cut_out` does, or
-        if ONNX Runtime does not take the part.
+        `proto` is `model_proto(model)`, for who loads several parts, or that of a batch. Raises InputError as `cut_out`
+        does, or if ONNX Runtime does not take the part.
         """
         self.part = part
         self.inputs = model.part_inputs(part)
         self.outputs = model.part_outputs(part)
-        self._expected = {name: model.tensors[name] for name in self.inputs}
-        content = cut_out(model, part, proto).SerializeToString()
+        cut = cut_out(model, part, proto)
+        self._expected = {value.name: tensor_of(value) for value in cut.graph.input}
+        content = cut.SerializeToString()
+        del cut
         started_s = time.thread_time()
         try:
             self._session = ort.InferenceSession(content, session_options(threads, optimize), [PROVIDER])

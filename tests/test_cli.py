@@ -17,9 +17,11 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
+from isthmus.experiments.execute import Experiment
 from isthmus.experiments.run_folder import Run
 from isthmus.real.profiler import profile_model
 from isthmus.workloads.model import load_model
+from isthmus.workloads.profile import Profile
 
 EXPERIMENT: dict[str, Any] = {
     "name": "small",
@@ -256,8 +258,9 @@ def test_a_model_with_no_cut(place):
 
 
 def test_calibrate_and_simulate_what_was_measured(place):
-    """From nothing to a simulation on this machine's own figures, with a model of one's own."""
-    write(place, changed(testbed__nodes={"device": {"slowdown": 10}, "cloud": {"slowdown": 2}}))
+    """From nothing to a simulation on this machine's own figures, batches among them, with a model of one's own."""
+    cloud = {"slowdown": 2, "batch": {"size": 5, "wait": "200ms"}}
+    write(place, changed(testbed__nodes={"device": {"slowdown": 10}, "cloud": cloud}))
     done = isthmus("calibrate", "experiment.yaml", "--quick", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
     assert (place / "profiles/net@host.json").exists()
@@ -268,6 +271,48 @@ def test_calibrate_and_simulate_what_was_measured(place):
     assert done.returncode == 0, done.stderr
     facts = json.loads((place / "sim/run.json").read_text())
     assert facts["services"]["device/net"]["provenance"].startswith("scaled ×10 from host")
+
+    profile = Profile.load(place / "profiles/net@host.json")
+    assert [batch.size for batch in profile.batches] == [2, 4, 5]
+    service = Experiment.load(place / "experiment.yaml").testbed.service("cloud", "net")
+    mean_s = service.mean_s(load_model(place / "net.onnx").whole())
+    drawn_s = mean_s * (1 + profile.residuals(mean_s / 2))
+    spans = Run.load(place / "sim").spans.query("policy == 'remote' and kind == 'compute' and place == 'cloud'")
+    batches = spans.groupby(["start_s", "end_s"]).size()
+    assert sum(batches) == 40
+    assert max(batches) > 1
+    for (start_s, end_s), size in batches.items():
+        alone_s = (end_s - start_s) / profile.batch_factor(size)
+        assert np.abs(drawn_s / alone_s - 1).min() < 1e-6, (size, alone_s)
+
+
+def test_profile_with_batches(place):
+    done = isthmus("profile", "net.onnx", "--quick", "--pace", "0s", "--batches", "1,2,4", cwd=place)
+    assert done.returncode == 0, done.stderr
+    costs = Profile.load(place / "profiles/net@host.json").batches
+    assert [cost.size for cost in costs] == [2, 4]
+    said = f"In batches 2 take ×{costs[0].ratio:.2f}, 4 take ×{costs[1].ratio:.2f}."
+    assert said in " ".join(done.stdout.split())
+    fails(isthmus("profile", "net.onnx", "--batches", "2,x", cwd=place), 2, "--batches", "'2,x'", "such as 1,2,4,8")
+
+
+def test_a_model_that_cannot_be_batched_is_profiled_without_and_not_calibrated_for_them(place):
+    nodes = [helper.make_node("Relu", ["x"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 8]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(made, place / "net.onnx")
+    done = isthmus("profile", "net.onnx", "--quick", "--batches", "2", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    [note] = done.stderr.splitlines()
+    assert note.startswith("note: no batches: net in batches of 2: ")
+    assert json.loads(done.stdout)["batches"] == {}
+
+    write(place, changed(testbed__nodes__cloud={"slowdown": 2, "batch": {"size": 2}}))
+    done = isthmus("calibrate", "experiment.yaml", "--quick", cwd=place)
+    assert done.returncode == 2
+    assert "net in batches of 2" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_keeps_what_there_is(place):

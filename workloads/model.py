@@ -278,11 +278,12 @@ def load_model(source: str | Path, *, name: str | None = None, seed: int = 0) ->
     return model if name in (None, model.name) else replace(model, name=name)
 
 
-def model_proto(model: Model) -> onnx.ModelProto:
+def model_proto(model: Model, batch: int = 1) -> onnx.ModelProto:
     """The model with its weights, as a new message: its nodes are `model.layers`, one for one and by name.
 
-    Constants are folded, shapes are static, the batch is 1. Raises InputError if the source is no longer what
-    `model` was loaded from.
+    Constants are folded, shapes are static, with room for `batch` requests at once. Raises InputError if the source
+    is no longer what `model` was loaded from, or cannot be shaped for such a batch; whether each request is then
+    answered as it would be alone, only running it can tell.
     """
     where = _locate(model.source)
     if isinstance(where, Path):
@@ -292,7 +293,10 @@ def model_proto(model: Model) -> onnx.ModelProto:
     if sha256 != model.sha256:
         problem = f"has changed since model {model.name} was loaded (sha256 {sha256[:12]}, was {model.sha256[:12]})"
         raise InputError(problem, where=model.source)
-    return onnx_file.normalise(proto, model.source)
+    proto = onnx_file.normalise(proto, model.source, batch)
+    if [node.name for node in proto.graph.node] != [layer.name for layer in model.layers]:
+        raise InputError(f"has other layers at a batch of {batch} than at 1", where=model.source)
+    return proto
 
 
 def _locate(source: str | Path) -> Path | str:
@@ -316,7 +320,7 @@ def _load(where: Path | str, stamp: int, seed: int) -> Model:
     else:
         proto, sha256 = zoo.build(where, None), zoo.sha256(where, seed)
     graph = onnx_file.normalise(proto, where).graph
-    tensors = {v.name: _tensor(v) for group in (graph.input, graph.value_info, graph.output) for v in group}
+    tensors = {v.name: tensor_of(v) for group in (graph.input, graph.value_info, graph.output) for v in group}
     parameters = {t.name: t for t in graph.initializer}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     shapes |= {name: tuple(t.dims) for name, t in parameters.items()}
@@ -350,7 +354,8 @@ def _load(where: Path | str, stamp: int, seed: int) -> Model:
     )
 
 
-def _tensor(value: onnx.ValueInfoProto) -> Tensor:
+def tensor_of(value: onnx.ValueInfoProto) -> Tensor:
+    """What the graph says of a tensor of static shape."""
     kind = value.type.tensor_type
     shape = tuple(d.dim_value for d in kind.shape.dim)
     dtype: np.dtype[np.generic] = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)

@@ -2,9 +2,9 @@
 
 Knows the ONNX format. Must not know cuts, parts, profiles or machines.
 
-The form (`normalise`): no local functions; static shapes with batch 1; every tensor's type known; whatever
-depends on constants only is an initializer; every node leads to an output, has a unique name, and finds its
-inputs before it; no initializer is also an input.
+The form (`normalise`): no local functions; static shapes with batch 1, or a batch that was asked for; every
+tensor's type known; whatever depends on constants only is an initializer; every node leads to an output, has a
+unique name, and finds its inputs before it; no initializer is also an input.
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ def read(path: Path) -> tuple[onnx.ModelProto, str]:
     return proto, digest.hexdigest()
 
 
-def normalise(proto: onnx.ModelProto, where: object) -> onnx.ModelProto:
+def normalise(proto: onnx.ModelProto, where: object, batch: int = 1) -> onnx.ModelProto:
     """Bring `proto` into the form described above, in place, and return it. `where` is what errors name.
 
-    The first dimension of an input may be dynamic; it becomes 1. Raises InputError if an input has another
-    dynamic dimension, a tensor's shape cannot be inferred, the graph is malformed, or an output depends on no
-    node.
+    The first dimension of an input may be dynamic; it becomes `batch`. With a `batch` above 1 one that is 1 in the
+    file does too, and so does the 1 that a Reshape to constants begins with; nothing here can tell whether the graph
+    then answers each request as it would alone. Raises InputError if an input has another dynamic dimension, or no
+    place for the batch, a tensor's shape cannot be inferred, the graph is malformed, or an output depends on no node.
     """
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
@@ -76,13 +77,15 @@ def normalise(proto: onnx.ModelProto, where: object) -> onnx.ModelProto:
     inputs = [_copy(i) for i in graph.input if i.name not in constants]
     if not inputs:
         raise InputError("has no input", where=where)
-    hints = _fix_batch(inputs, graph.value_info, where)
+    hints = _fix_batch(inputs, graph.value_info, where, batch)
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     nodes = [_copy(node) for node in graph.node]
     _check_order(nodes, {*constants, *(i.name for i in inputs)}, where)
 
     while True:  # folding makes shapes known, and known shapes make more to fold
         nodes = _fold(nodes, constants, {}, opsets)
+        if batch > 1:
+            _widen(nodes, constants, batch)
         types = _infer(proto, nodes, inputs, hints, constants)
         after = _fold(nodes, constants, types, opsets)
         if len(after) == len(nodes):
@@ -149,24 +152,30 @@ def _external_files(proto: onnx.ModelProto) -> set[str]:
 
 
 def _fix_batch(
-    inputs: Iterable[onnx.ValueInfoProto], hints: Iterable[onnx.ValueInfoProto], where: object
+    inputs: Iterable[onnx.ValueInfoProto], hints: Iterable[onnx.ValueInfoProto], where: object, batch: int
 ) -> list[onnx.ValueInfoProto]:
-    """Set the batch of `inputs` to 1, in place; return those of the file's own types that are static then."""
+    """Set the batch of `inputs`, in place; return those of the file's own types that are static then."""
     batches = set()
     for value in inputs:
         if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
             raise InputError(f"input {value.name!r} has no known shape", where=where)
-        for dim in value.type.tensor_type.shape.dim[:1]:
+        first = value.type.tensor_type.shape.dim[:1]
+        if batch > 1 and not (first and first[0].dim_value <= 1):
+            problem = f"input {value.name!r} has no place for a batch: its first dimension is "
+            problem += str(first[0].dim_value) if first else "missing"
+            raise InputError(problem, where=where, allowed="a first dimension of 1, or a dynamic one")
+        for dim in first:
             if dim.dim_value <= 0:
                 batches.add(dim.dim_param)
-                dim.dim_value = 1
+            if dim.dim_value <= 1:
+                dim.dim_value = batch
     batches.discard("")
 
     def fix(value: onnx.ValueInfoProto) -> bool:
         dims = value.type.tensor_type.shape.dim
         for dim in dims:
             if dim.dim_param in batches:
-                dim.dim_value = 1
+                dim.dim_value = batch
         return all(dim.dim_value > 0 for dim in dims)
 
     for value in inputs:
@@ -174,8 +183,22 @@ def _fix_batch(
             dims = [dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim]
             problem = f"input {value.name!r} has the dynamic shape {dims}"
             raise InputError(problem, where=where, allowed="only the first dimension may be dynamic")
+    if batch > 1:
+        return []  # the file's own may be of a batch of 1
     copies = [_copy(hint) for hint in hints if hint.type.tensor_type.HasField("shape")]
     return [hint for hint in copies if fix(hint)]
+
+
+def _widen(nodes: Iterable[onnx.NodeProto], constants: dict[str, onnx.TensorProto], batch: int) -> None:
+    """Make the batch of Reshape targets that are constants and begin with 1 `batch`, in place."""
+    for node in nodes:
+        if node.op_type != "Reshape" or len(node.input) < 2 or node.input[1] not in constants:
+            continue
+        target = numpy_helper.to_array(constants[node.input[1]])
+        if target.size and target[0] == 1:
+            name = f"{node.input[1]}, batch {batch}"  # another than the file's: something else may use that one
+            constants[name] = numpy_helper.from_array(np.concatenate([[batch], target[1:]]), name)
+            node.input[1] = name
 
 
 def _check_order(nodes: Iterable[onnx.NodeProto], known: set[str], where: object) -> None:

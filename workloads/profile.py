@@ -207,7 +207,7 @@ class Profile(_Frozen):
             largest = f"the largest is {points[-1][0]}" if self.batches else "none were"
             raise InputError(
                 f"what a batch of {size} costs was not measured on {self.machine.label!r}: {largest}",
-                allowed="`cost: [[1, 1.0], [8, 3.2]]`, or a profile that has `batches`",
+                allowed="`cost: [[1, 1.0], [8, 3.2]]`, or a profile with `batches`: `isthmus calibrate` measures them",
             )
         sizes, ratios = zip(*points, strict=True)
         return float(np.interp(size, sizes, ratios))
@@ -215,6 +215,10 @@ class Profile(_Frozen):
     def at_rhythm(self, rhythm: Rhythm) -> Profile:
         """The same, as it is in a run; what was measured stays as it is, and a rhythm found before is replaced."""
         return Profile(**(dict(self) | {"rhythm": rhythm}))  # not model_copy, which would keep what is cached
+
+    def with_batches(self, batches: tuple[BatchCost, ...]) -> Profile:
+        """The same, with these costs of batches instead of those it has."""
+        return Profile(**(dict(self) | {"batches": batches}))
 
     def residuals(self, seconds: float) -> Floats:
         """How single runs of a part of about `seconds` scatter: r in `t = mean * (1 + r)`, as taken.
