@@ -28,6 +28,8 @@ from isthmus.sim.plain import plain_simpy
 from isthmus.workloads.progress import Progress
 
 DEVICES, RATE_PER_S, LINK_BYTES_PER_S, SERVICE_S = 50, 2.0, 10e6 / 8, 5e-3
+EARLY = 100_000
+"""Requests after which memory is looked at first."""
 _INPUT_BYTES, _OUTPUT_BYTES = 100_000, 40
 
 
@@ -88,6 +90,7 @@ def bench_sim(
         "mean_latency_s": mean_s["ours"],
         "simpy_mean_latency_s": mean_s["simpy"],
         "theory_s": theory_s(),
+        "early_requests": min(EARLY, long // 2),
         "long_requests": long,
         "rss_growth_bytes": growth,
     }
@@ -182,8 +185,8 @@ def mean_latency_s(run: Run) -> float:
 
 
 def rss_growth_bytes(folder: Path, requests: int) -> int:
-    """How much more memory this process holds at the end of a run than after its first hundred thousand requests."""
-    process, early = psutil.Process(), min(100_000, requests // 2)
+    """How much more memory this process holds at the end of a run than after its first `EARLY` requests."""
+    process, early = psutil.Process(), min(EARLY, requests // 2)
     seen: list[int] = []
 
     def look(done: int, total: int, text: str) -> None:

@@ -100,7 +100,8 @@ class Experiment:
         return [p.label for p in self.policies if is_oracle(p.make(0))]
 
 
-def _free(out: Path | None, replace: bool) -> Path | None:
+def _free(out: str | Path | None, replace: bool) -> Path | None:
+    out = None if out is None else Path(out)
     if out is not None and not replace and (out / "run.json").exists():
         raise InputError(
             "holds a finished run", where=out, allowed="another folder, or --force (replace=True) to replace it"
@@ -139,7 +140,7 @@ def new_folder(experiment: Experiment, world: str) -> Path:
 
 def simulate(
     experiment: Experiment,
-    out: Path | None = None,
+    out: str | Path | None = None,
     *,
     views: bool = False,
     spans: bool = True,
@@ -184,7 +185,7 @@ def simulate(
 
 
 def run(
-    experiment: Experiment, out: Path | None = None, *, replace: bool = False, progress: Progress | None = None
+    experiment: Experiment, out: str | Path | None = None, *, replace: bool = False, progress: Progress | None = None
 ) -> Run:
     """Run every cell for real, on actors of this host, into a run folder. Needs the `real` extra.
 

@@ -326,7 +326,7 @@ class Run:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def summary(self) -> pd.DataFrame:
-        """Per policy: requests by outcome, latency in seconds (mean, p50, p95, p99 of what was answered), energy."""
+        """Per policy: requests by outcome, latency (mean, p50, p95, p99 of what was answered), energy and money."""
         rows = []
         for policy, of in self.requests.groupby("policy", sort=False):
             latency = of["latency_s"].dropna()
@@ -336,11 +336,18 @@ class Run:
                 **of["outcome"].value_counts().sort_index().to_dict(),
             }
             row |= {"mean_s": latency.mean()} | {f"p{p}_s": latency.quantile(p / 100) for p in (50, 95, 99)}
-            rows.append(row | {"energy_j": of["energy_j"].mean()})
-        frame = pd.DataFrame(rows)
+            rows.append(row | {"energy_j": of["energy_j"].mean(), "money_usd": of["money_usd"].mean()})
+        columns = list(dict.fromkeys(name for row in rows for name in row)) or _SUMMARY  # a run may have no request
+        frame = pd.DataFrame(rows, columns=columns)
         counts = [c for c in frame.columns if c in _OUTCOMES]
         frame[counts] = frame[counts].fillna(0).astype(int)
         return frame
+
+    def reasons(self) -> pd.DataFrame:
+        """Why requests were not answered: policy, outcome, reason and how many, the most frequent first."""
+        unanswered = self.requests.dropna(subset="reason")
+        counted = unanswered.groupby(["policy", "outcome", "reason"], sort=False).size()
+        return counted.sort_values(ascending=False).rename("requests").reset_index()
 
     def _table(self, name: str) -> pd.DataFrame:
         try:
@@ -350,6 +357,7 @@ class Run:
             raise InputError(f"cannot be read: {error}", where=self.folder / name) from None
 
 
+_SUMMARY = ["policy", "requests", "mean_s", "p50_s", "p95_s", "p99_s", "energy_j", "money_usd"]
 _OUTCOMES = tuple(outcome.value for outcome in Outcome)
 
 

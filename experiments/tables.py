@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.markup import escape
 
 from isthmus.experiments.compare import Comparison
@@ -136,24 +137,34 @@ def plans_table(rows: Rows, *, cuts: bool) -> None:
 def run_table(run: Run, trace: Path | None) -> None:
     summary, oracles = run.summary(), run.facts.get("oracles", [])
     outcomes = [outcome.value for outcome in Outcome if outcome.value in summary.columns]
-    energy = bool(summary["energy_j"].notna().any())
+    bills = [bill for bill in ("energy_j", "money_usd") if summary[bill].notna().any()]
     table(
         f"{run.experiment.name} ({run.world}): latency in ms",
-        ["policy", *(f"{o}>" for o in outcomes), "mean>", "p50>", "p95>", "p99>", *(["energy J>"] if energy else [])],
+        ["policy", *(f"{o}>" for o in outcomes), "mean>", "p50>", "p95>", "p99>", *(_BILLS[bill] for bill in bills)],
         [
             [
                 row["policy"] + (" (oracle)" if row["policy"] in oracles else ""),
                 *(row[outcome] for outcome in outcomes),
                 *(milliseconds(row[c]) for c in ("mean_s", "p50_s", "p95_s", "p99_s")),
-                *([f"{row['energy_j']:.3f}"] if energy else []),
+                *(None if pd.isna(row[bill]) else f"{row[bill]:.3g}" for bill in bills),
             ]
             for row in summary.to_dict("records")
         ],
         caption="completed: in time; figures are of all that was answered, in time or late. "
         f"Written to {run.folder}" + (f", trace to {trace}" if trace else ""),
     )
+    reasons = run.reasons()
+    for policy, of in reasons.groupby("policy", sort=False):
+        said = [f"{r['outcome']}, {r['reason']}: {r['requests']}" for r in of.head(_REASONS).to_dict("records")]
+        more = [f"and {len(of) - _REASONS} more"] if len(of) > _REASONS else []
+        console.print(f"[dim]{escape(str(policy))}: {escape('; '.join([*said, *more]))}[/]", soft_wrap=True)
     for warning in run.facts.get("warnings", []):
         warn(warning)
+
+
+_BILLS = {"energy_j": "energy\nJ each>", "money_usd": "money\nUSD each>"}
+_REASONS = 4
+"""Reasons that are listed per policy."""
 
 
 def comparison_tables(comparison: Comparison, report: Path | None) -> None:
@@ -248,8 +259,9 @@ def bench_sim_table(data: Mapping[str, Any]) -> None:
         ["way", "requests per\nCPU second>", "times\nSimPy>", "times SimPy\none way>"],
         [row + [None] * (4 - len(row)) for row in rows],
         caption=f"Mean latency {milliseconds(data['mean_latency_s'])} ms, of plain SimPy "
-        f"{milliseconds(data['simpy_mean_latency_s'])} ms, in theory {milliseconds(data['theory_s'])} ms. Memory grows "
-        f"by {show_bytes(data['rss_growth_bytes'])} from 100,000 to {data['long_requests']:,} requests.",
+        f"{milliseconds(data['simpy_mean_latency_s'])} ms, in theory {milliseconds(data['theory_s'])} ms. Memory: "
+        f"{show_bytes(data['rss_growth_bytes'])} more after {data['long_requests']:,} requests than after "
+        f"{data['early_requests']:,}.",
     )
 
 

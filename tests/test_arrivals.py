@@ -265,11 +265,11 @@ def test_a_file_of_times_has_to_be_there_and_read(tmp_path):
 @pytest.mark.parametrize(
     ("arrivals", "said"),
     [
-        (POISSON | {"jitter": "1s"}, "arrivals.jitter: there is no such field (allowed: kind, rate)"),
+        (POISSON | {"jitter": "1s"}, "arrivals.jitter: unknown field 'jitter' (allowed: kind, rate)"),
         (PERIODIC | {"jitter": "101ms"}, "the jitter 101 ms is longer than the period (allowed: at most 100 ms"),
         (PERIODIC | {"phase": "rndom"}, "arrivals.phase: 'rndom' is not a time (allowed: a number >= 0"),
         (PERIODIC | {"phase": "rndom"}, "or random"),
-        (MARKOV | {"states": [["1/s", "1s"]]}, "arrivals.states: Tuple should have at least 2 items"),
+        (MARKOV | {"states": [["1/s", "1s"]]}, "arrivals.states: needs at least 2"),
         (MARKOV | {"states": [["0/s", "1s"], [0, "1s"]]}, "every state has rate 0 (allowed: some rate > 0)"),
         (MARKOV | {"states": [["1/s", "1s"], ["2/s", "0s"]]}, "arrivals.states[1][1]: Input should be greater than 0"),
         (MARKOV | {"states": [["1/s", "1s"], ["-2/s", "1s"]]}, "arrivals.states[1][0]: the frequency '-2/s'"),
@@ -278,7 +278,7 @@ def test_a_file_of_times_has_to_be_there_and_read(tmp_path):
         ({"kind": "replay"}, "arrivals: has to have either `times` or `file`"),
         ({"kind": "replay", "times": [1], "file": "x"}, "arrivals: has to have either `times` or `file`"),
         ({"kind": "replay", "times": [1], "column": "x"}, "has a `column` without a `file`"),
-        ({"kind": "replay", "times": []}, "arrivals.times: Tuple should have at least 1 item"),
+        ({"kind": "replay", "times": []}, "arrivals.times: needs at least 1"),
         ({"kind": "replay", "times": [1, float("nan")]}, "arrivals.times[1]: the time nan is out of range"),
         ({"kind": "replay", "times": [-1]}, "arrivals.times[0]: the time -1 is out of range"),
         ({"kind": "closed", "users": 0, "think": "1s"}, "arrivals.users: Input should be greater than or equal to 1"),

@@ -73,7 +73,7 @@ def test_what_the_documentation_shows_is_a_testbed(page, synthetic):
         ({"jitter": {"distribution": "norm", "mean": 1}}, {}, ["jitter", "below 0"]),
         ({"discipline": "fare"}, {}, ["links[0].discipline", "'fifo' or 'fair'", "'fare'"]),
         ({"slow_start": {"window": 0}}, {}, ["links[0].slow_start.window", "greater than 0"]),
-        ({"slow_start": {"windw": 1}}, {}, ["links[0].slow_start.windw", "(allowed: window, idle)"]),
+        ({"slow_start": {"windw": 1}}, {}, ["links[0].slow_start.windw", "(allowed: idle, window)"]),
         ({"overhead": "60"}, {}, ["links[0].overhead", "no unit"]),
         ({"medium": "cel"}, {"cell": {"rate": 1}}, ["links[0].medium", "did you mean cell"]),
         ({}, {"cell": {"rate": 1}}, ["media.cell", "no link is on it"]),

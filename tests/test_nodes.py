@@ -673,7 +673,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"batch": {"size": 4, "cost": [[1, 1], [4, 0.5]]}}, ["nodes.device.batch", "a batch of 4 takes 0.5", "less"]),
     ({"batch": {"size": 4, "cost": [[1, 1], [1, 2]]}}, ["nodes.device.batch", "increase"]),
     ({"batch": {"size": 8, "cost": [[1, 1], [4, 2]]}}, ["nodes.device.batch", "8", "largest of known cost, 4"]),
-    ({"batch": {"size": 2, "delay": 1}}, ["nodes.device.batch.delay", "no such field", "wait"]),
+    ({"batch": {"size": 2, "delay": 1}}, ["nodes.device.batch.delay", "unknown field", "wait"]),
     ({"speed": [["0s", 1], ["5s", 0]]}, ["nodes.device", "speed", "never finishes its work", "period"]),
     ({"speed": 0}, ["nodes.device", "speed"]),
     ({"speed": [["1s", 1]]}, ["nodes.device", "start at 0"]),

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from isthmus.workloads.errors import InputError, RunFailure
+from isthmus.workloads.errors import InputError, RunFailure, unknown
 
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -64,19 +64,38 @@ def parse(kind: type[Document], data: Any, *, where: object) -> Document:
 
 
 def _first(error: ValidationError, kind: type[BaseModel], data: Any) -> str:
-    # Of the alternatives of a field, the one whose error lies deepest is the one that was meant.
-    first = max(error.errors(include_url=False), key=lambda e: len(e["loc"]))
+    # Of the alternatives of a field, the one whose error lies deepest is the one that was meant; a field that is
+    # missing there may be the one that is misspelt.
+    first = max(error.errors(include_url=False), key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden"))
     loc = _typed(first["loc"], data, missing=first["type"] == "missing")
     field = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = f"there is no such field (allowed: {', '.join(_fields(kind, first['loc'][:-1]))})"
-    elif first["type"] == "missing":
-        message = "is missing"
-    elif first["type"] != "value_error":
-        shown = repr(first["input"])
-        message += f", got {shown if len(shown) < 80 else shown[:77] + '...'}"
-    return f"{field or kind.__name__}: {message}"
+    return f"{field or kind.__name__}: {_problem(first, kind)}"
+
+
+def _problem(error: Any, kind: type[BaseModel]) -> str:
+    """What is wrong, for people: pydantic's words where they serve, and ours where they are about pydantic."""
+    context, what = error.get("ctx", {}), error["type"]
+    if what == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    if what == "missing":
+        return "is missing"
+    if what == "extra_forbidden":
+        return str(unknown("field", str(error["loc"][-1]), _fields(kind, error["loc"][:-1])))
+    if what == "union_tag_invalid":
+        known = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+        return str(unknown(context["discriminator"].strip("'"), str(context["tag"]), known))
+    if what == "union_tag_not_found":
+        return f"has no {context['discriminator']}"
+    said = {
+        "model_type": "is not a set of fields with values",
+        "model_attributes_type": "is not a set of fields with values",
+        "dict_type": "is not a set of names with values",
+        "tuple_type": "is not a list",
+        "list_type": "is not a list",
+        "too_short": f"needs at least {context.get('min_length')}",
+    }.get(what, error["msg"])
+    shown = repr(error["input"])
+    return f"{said}, got {shown if len(shown) < 80 else shown[:77] + '...'}"
 
 
 def _typed(loc: tuple[int | str, ...], data: Any, *, missing: bool) -> list[int | str]:
