@@ -384,7 +384,7 @@ def test_a_controller_is_not_told_what_a_rate_comes_from(bed):
     ("old", "new", "said"),
     [
         ("on: 3s, ", "", ["links[0].rate.on", "missing"]),
-        ("on: 3s", "on: 3s, onn: 3s", ["links[0].rate.onn", "unknown field", "allowed: duration, kind, rate, on, off"]),
+        ("on: 3s", "on: 3s, onn: 3s", ["links[0].rate.onn", "unknown field", "allowed: duration, kind, off, on, rate"]),
         ("on: 3s", "on: soon", ["links[0].rate.on", "'soon'"]),
         ("kind: on-off", "kind: onoff", ["links[0].rate", "'onoff'", "did you mean on-off"]),
         ("log.txt", "lag.txt", ["bed.yaml: links[1].rate", "lag.txt", "no such file"]),

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError, unknown
-from isthmus.workloads.faults import Fault, FaultSpec, NodeFault, draw_faults, places
+from isthmus.workloads.faults import Fault, FaultSpec, NodeFault, Recurring, draw_faults, places
 from isthmus.workloads.requests import ClosedLoop, Request, Source
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import TestbedSpec
@@ -66,6 +66,13 @@ class ExperimentSpec(BaseModel):
             endless = source.arrivals.kind != "replay"
             if endless and source.requests is None and source.duration is None:
                 raise InputError("never ends", where=field, allowed="`requests` or `duration`")
+        recurs = any(isinstance(fault, Recurring) for fault in self.faults)
+        for number, source in enumerate(self.workload):
+            if recurs and source.arrivals.closed and source.duration is None:
+                field = f"{where or self.name}: workload[{number}].duration"
+                raise InputError(
+                    "is missing: faults that recur have to know how long a closed loop goes on", where=field
+                )
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError("a seed is given twice", where=f"{where or self.name}: seeds")
         for number, fault in enumerate(self.faults):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from isthmus.workloads.arrivals import Arrivals, Closed, Replay
+from isthmus.workloads.arrivals import Arrivals, Closed, Diurnal, Replay
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.random import stream
 from isthmus.workloads.units import Seconds
@@ -55,6 +55,8 @@ class Source(BaseModel):
             return max(arrivals.times or (0.0,))
         rate = arrivals.users / arrivals.think if isinstance(arrivals, Closed) else arrivals.rate
         by_number = math.inf if self.requests is None else self.requests / rate
+        if isinstance(arrivals, Diurnal):  # it may begin at night
+            by_number += arrivals.period
         return min(by_number, math.inf if self.duration is None else self.duration)
 
     def resolved(self, folder: Path) -> Source:
