@@ -466,6 +466,21 @@ def test_a_run_keeps_its_traces_and_every_seed_its_rates(bed, tmp_path):
         assert (ends + 0.005).tolist() == pytest.approx(of["end_s"].tolist())
 
 
+def test_a_run_without_links_has_an_empty_table_of_them(chain, tmp_path):
+    described = {
+        "name": "alone",
+        "testbed": {"models": {"chain": str(chain)}, "nodes": {"device": {"service": {"mean": "1ms"}}}},
+        "workload": [
+            {"node": "device", "model": "chain", "arrivals": {"kind": "poisson", "rate": "5/s"}, "requests": 3}
+        ],
+        "policies": ["local"],
+    }
+    made = simulate(Experiment.of(described, tmp_path), tmp_path / "run")
+    assert made.nodes["node"].tolist() == ["device"]
+    assert made.links.empty
+    assert {"policy", "seed", "link", "messages"} <= set(made.links.columns)
+
+
 def test_a_replay_meets_the_rates_of_its_seed(bed, tmp_path):
     experiment = Experiment.of(EXPERIMENT, tmp_path)
     simulated, again = (simulate(experiment, tmp_path / name) for name in ("one", "two"))
