@@ -1,6 +1,7 @@
 """A capacity shared max–min fairly among what is under way on it: a shared medium, or a node that shares its processor.
 
-Knows SimPy's clock and rates. Must not know what is shared: bytes over a medium and seconds of work on a node are amounts.
+Knows SimPy's clock and rates. Must not know what is shared: bytes over a medium and seconds of work on a node
+are amounts.
 
 Flows with one cap between them always have the same rate, so their group needs a single number for all of them: how
 much each member would have been served since the group was last empty. A flow ends when that number has grown by its

@@ -215,7 +215,7 @@ class Testbed:
     def nominal(self) -> Testbed:
         """The same testbed as a controller may know it, in its `spec` as well.
 
-        Every link and node at its mean rate; nothing of jitter, losses and slow start, and of what moves only that it does.
+        Every link and node at its mean rate; no jitter, losses or slow start; of what moves only that it does.
         """
 
         means: dict[float, Rate] = {}  # links of a group share their rate
