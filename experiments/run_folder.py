@@ -40,6 +40,8 @@ import pyarrow.parquet as pq
 from isthmus.policies.contract import View, decision_row
 from isthmus.policies.plan import Plan
 from isthmus.policies.records import REQUEST_COLUMNS, SPAN_COLUMNS, Outcome, Record, Span
+from isthmus.sim.link import LinkTotals
+from isthmus.sim.node import NodeTotals
 from isthmus.workloads.documents import parse
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.experiment import ExperimentSpec
@@ -110,6 +112,15 @@ def _cell(policy: str, seed: int, rows: int) -> dict[str, pa.Array]:
     return {"policy": pa.repeat(policy, rows), "seed": pa.repeat(pa.scalar(seed, pa.int64()), rows)}
 
 
+def _columns(row: type[NamedTuple]) -> dict[str, str]:
+    """The columns of a table of such rows, each with the policy and the seed that it is of."""
+    kinds = {
+        field: next(kind for part, kind in _KINDS.items() if part in str(hint))
+        for field, hint in row.__annotations__.items()
+    }
+    return {"policy": "string", "seed": "int64"} | kinds
+
+
 class Sink:
     """Takes the records of one policy and seed, and turns them into columns, many at a time."""
 
@@ -178,6 +189,9 @@ class RunWriter:
             self._spans = _Table(folder / "spans.parquet", SPAN_COLUMNS)
             self._sink: Sink | None = None
             self._totals: dict[str, _Table] = {}
+            if world == "simulated":
+                for name, row in (("nodes", NodeTotals), ("links", LinkTotals)):
+                    self._totals[name] = _Table(folder / f"{name}.parquet", _columns(row))
             self._decisions = (folder / "decisions.jsonl.partial").open("w", encoding="utf-8")
         except OSError as error:
             raise RunFailure(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -204,15 +218,9 @@ class RunWriter:
         return keep
 
     def totals(self, name: str, rows: Sequence[NamedTuple], policy: str, seed: int) -> None:
-        """What every place did under one policy and seed, into the table of that name: `nodes` or `links`."""
+        """What every place did under one policy and seed of a simulation, into the table `nodes` or `links`."""
         if not rows:
             return
-        if name not in self._totals:
-            columns = {"policy": "string", "seed": "int64"} | {
-                field: next(kind for part, kind in _KINDS.items() if part in str(hint))
-                for field, hint in type(rows[0]).__annotations__.items()
-            }
-            self._totals[name] = _Table(self.folder / f"{name}.parquet", columns)
         values = dict(zip(rows[0]._fields, zip(*rows, strict=True), strict=True))
         self._totals[name].add({**values, **_cell(policy, seed, len(rows))})
 

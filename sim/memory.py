@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from isthmus.workloads.model import Part
 
@@ -31,7 +32,8 @@ class Memory:
     __slots__ = ("_budget", "_needs", "_parts", "_pinned", "_used", "evictions", "loads")
 
     def __init__(self, budget_bytes: float, needs: Callable[[Part], tuple[float, float]]) -> None:
-        self._budget, self._needs = budget_bytes, needs
+        self._budget = budget_bytes
+        self._needs = cache(needs)  # it looks at every layer of a part, and a part may come and go with every job
         self._parts: dict[Part, _Resident] = {}  # the least recently used first
         self._used = self._pinned = 0.0
         self.loads = self.evictions = 0

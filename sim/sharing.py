@@ -1,11 +1,15 @@
 """A capacity shared max–min fairly among what is under way on it: a shared medium, or a node that shares its processor.
 
-Knows SimPy and rates. Must not know what is shared: bytes over a medium and seconds of work on a node are amounts.
+Knows SimPy's clock and rates. Must not know what is shared: bytes over a medium and seconds of work on a node
+are amounts.
 
 Flows with one cap between them always have the same rate, so their group needs a single number for all of them: how
 much each member would have been served since the group was last empty. A flow ends when that number has grown by its
 amount (Parekh and Gallager, A generalized processor sharing approach to flow control, 1993: virtual time). An
 event costs O(groups under way + log flows), and no flow has a remainder that rounding could wear down.
+
+SimPy withdraws no event, so the next one is armed only if none before it is: one that comes too early looks again. An
+event that is left over when an earlier one was armed serves what comes after that one, instead of another.
 """
 
 from __future__ import annotations
@@ -17,8 +21,7 @@ from heapq import heapify, heappop, heappush
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from simpy import Environment, Event
-
+from isthmus.sim.clock import Clock
 from isthmus.workloads.rate import Rate
 
 ROUNDING = 1e-12
@@ -68,16 +71,16 @@ class Sharing:
     n jobs on c slots get min(1, c/n) of it each. Rates are in units of amount per second.
     """
 
-    def __init__(self, env: Environment, rate: Rate, *, slots: int = 1, caps: Mapping[Any, Rate] | None = None) -> None:
-        self._env, self._rate, self._slots = env, _Reading(rate), slots
+    def __init__(self, clock: Clock, rate: Rate, *, slots: int = 1, caps: Mapping[Any, Rate] | None = None) -> None:
+        self._clock, self._rate, self._slots = clock, _Reading(rate), slots
         self._groups = {name: _Group(_Reading(cap)) for name, cap in (caps or {}).items()}
         self._uncapped = _Group()
         self._active: dict[_Group, None] = {}  # the groups that have flows; a dictionary keeps their order
         self._ended: list[Flow] = []  # no longer served; `done` is still to be called, at this same time
         self._number = 0
-        self._now_s: float = env.now
+        self._now_s: float = clock.now
         self._due_s = math.inf
-        self._wake: Event | None = None
+        self._armed_s = [math.inf]  # the events in SimPy's heap, the next one last
 
     def join(self, amount: float, done: Callable[[], None], group: object = None) -> Flow:
         """Begin now; `done` is called when the amount is served, never before this returns.
@@ -124,7 +127,7 @@ class Sharing:
 
     def _advance(self) -> None:
         """Serve until now, at the rates planned; what has ended by now takes part no longer."""
-        now = self._env.now
+        now = self._clock.now
         passed, self._now_s = now - self._now_s, now
         slack_s = ROUNDING * now + math.ulp(now)
         for group in tuple(self._active):
@@ -162,17 +165,20 @@ class Sharing:
                 flows -= many
                 if rate > 0:
                     due = min(due, now + (group.flows[0].until - group.served) / rate)
-        if due == self._due_s:
-            return
-        self._due_s, self._wake = due, None
-        if due < math.inf:
-            self._wake = wake = self._env.timeout(due - now)
-            wake.callbacks.append(self._woken)
+        self._due_s = due
+        self._arm()
 
-    def _woken(self, event: Event) -> None:
-        if event is not self._wake:  # SimPy withdraws no event: this one was superseded
+    def _arm(self) -> None:
+        due = self._due_s
+        if due < self._armed_s[-1]:
+            self._armed_s.append(due)
+            self._clock.call(due, self._woken)
+
+    def _woken(self) -> None:
+        if self._armed_s.pop() < self._due_s:  # what it was armed for has changed since
+            self._arm()
             return
-        self._due_s, self._wake = math.inf, None
+        self._due_s = math.inf
         self._advance()
         self._ended.sort(key=attrgetter("number"))
         while self._ended:  # a `done` may join, leave and clear

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import re
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -380,6 +382,27 @@ def test_a_controller_is_not_told_what_a_rate_comes_from(bed):
     assert Testbed.build(nominal.spec).links == nominal.links
 
 
+def test_a_controller_is_told_nothing_of_luck_and_of_the_future(synthetic):
+    moves = {"kind": "waypoints", "points": [[0, 0, 0], [77, 7777, 0]], "repeat": True, "handover": "33ms"}
+    cells = {f"cell-{x}": {"service": {"mean": 1}, "position": [x, 0]} for x in (0, 8000)}
+    nodes = {"bus": {"count": 2, "serves": False, "service": {"mean": 1}, "mobility": moves}, **cells}
+    lucky = {"jitter": {"mean": "55us", "distribution": "gamma"}, "loss": 0.44, "slow_start": {"window": "2222B"}}
+    said = {"rate": 8.0, "latency": 1, "overhead": "60B", **lucky}
+    links = [{"between": ["bus", cell], **said, "back": {"latency": 2, **lucky}} for cell in cells]
+    testbed = synthetic(nodes, links)
+    nominal = testbed.nominal
+    for known in (nominal, pickle.loads(pickle.dumps(nominal)), nominal.without(frozenset({("bus-0", "cell-0")}))):
+        told = repr(vars(known)) + known.spec.model_dump_json()
+        for secret in ("7777", "0.033", "gamma", "5.5e-05", "0.44", "2222"):
+            assert secret not in told
+        assert len(list(known.handovers("bus-0", 1))) == 1 < len(list(islice(testbed.handovers("bus-0", 1), 9)))
+        with pytest.raises(InputError, match="no route"):  # what moves forwards nothing
+            known.route("cell-0", "cell-8000")
+        link = known.links["bus-1", "cell-8000"]
+        assert (link.rate, link.latency_s, link.features) == (Rate.constant(8.0), 1.0, ["overhead"])
+    assert Testbed.build(nominal.spec).links == nominal.links
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -441,6 +464,21 @@ def test_a_run_keeps_its_traces_and_every_seed_its_rates(bed, tmp_path):
         rate = testbed.at_seed(seed).links[UP].rate
         ends = rate.finish_all_s(of["start_s"], of["bytes"])
         assert (ends + 0.005).tolist() == pytest.approx(of["end_s"].tolist())
+
+
+def test_a_run_without_links_has_an_empty_table_of_them(chain, tmp_path):
+    described = {
+        "name": "alone",
+        "testbed": {"models": {"chain": str(chain)}, "nodes": {"device": {"service": {"mean": "1ms"}}}},
+        "workload": [
+            {"node": "device", "model": "chain", "arrivals": {"kind": "poisson", "rate": "5/s"}, "requests": 3}
+        ],
+        "policies": ["local"],
+    }
+    made = simulate(Experiment.of(described, tmp_path), tmp_path / "run")
+    assert made.nodes["node"].tolist() == ["device"]
+    assert made.links.empty
+    assert {"policy", "seed", "link", "messages"} <= set(made.links.columns)
 
 
 def test_a_replay_meets_the_rates_of_its_seed(bed, tmp_path):

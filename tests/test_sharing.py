@@ -17,11 +17,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-import simpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from isthmus.sim.clock import Clock
 from isthmus.sim.sharing import Flow, Sharing
 from isthmus.workloads.random import stream
 from isthmus.workloads.rate import Rate
@@ -39,7 +39,7 @@ class Work:
 
 def share(work: Work) -> list[tuple[int, float]]:
     """Which flow ended when, in the order of the calls."""
-    env = simpy.Environment()
+    env = Clock()
     sharing = Sharing(env, work.rate, slots=work.slots, caps=work.caps)
     ended: list[tuple[int, float]] = []
     flows: dict[int, Flow] = {}
@@ -268,7 +268,7 @@ def test_a_small_amount_is_not_lost_beside_large_ones_before_it():
 
 def test_only_changes_of_what_is_under_way_take_events():
     """One for each that joins, at most, and one for each that ends: what they supersede does not wake in its turn."""
-    env = simpy.Environment()
+    env = Clock()
     sharing = Sharing(env, Rate.constant(1.0))
     for amount in range(100, 0, -1):
         sharing.join(amount, lambda: None)
@@ -278,6 +278,25 @@ def test_only_changes_of_what_is_under_way_take_events():
         events += 1
     assert env.now == 5050
     assert events <= 200
+
+
+def test_what_is_out_of_date_does_not_pile_up():
+    """One long flow, and thousands of short ones one after another, each of which ends it later."""
+    clock = Clock()
+    sharing = Sharing(clock, Rate.constant(1.0))
+    ended: list[tuple[str, float]] = []
+    pending: list[int] = []
+
+    def short(number: int) -> None:
+        pending.append(clock.pending)
+        if number:
+            sharing.join(0.5, partial(short, number - 1))
+
+    sharing.join(5000.0, lambda: ended.append(("long", clock.now)))
+    short(2500)
+    clock.run()
+    assert ended == [("long", 6250.0)]
+    assert max(pending) <= 2
 
 
 @pytest.mark.parametrize("period", [0.1, 1 / 3])
@@ -299,7 +318,7 @@ def test_any_sizes_end(flows, rate):
 
 
 def test_all_at_one_time_are_called_in_order_of_joining_and_may_join_again():
-    env = simpy.Environment()
+    env = Clock()
     sharing = Sharing(env, Rate.constant(1), caps={"a": Rate.constant(1 / 3)})
     calls: list[tuple[str, float]] = []
 
@@ -319,7 +338,7 @@ def test_all_at_one_time_are_called_in_order_of_joining_and_may_join_again():
 
 
 def test_leaving_makes_room_and_clearing_loses_all():
-    env = simpy.Environment()
+    env = Clock()
     sharing = Sharing(env, Rate.constant(2), caps={"a": Rate.constant(1)})
     calls: list[tuple[str, float]] = []
 
@@ -345,7 +364,7 @@ def test_leaving_makes_room_and_clearing_loses_all():
 
 @pytest.mark.parametrize("clear", [True, False])
 def test_a_callback_may_give_up_what_ends_at_the_same_time(clear):
-    env = simpy.Environment()
+    env = Clock()
     sharing = Sharing(env, Rate.constant(1))
     calls: list[str] = []
     flows: list[Flow] = []
@@ -370,7 +389,7 @@ class Never(Rate):
 
 
 def test_what_never_ends_takes_no_events():
-    env = simpy.Environment()
+    env = Clock()
     calls: list[str] = []
     Sharing(env, Never((0.0,), (1.0,))).join(1.0, partial(calls.append, "nothing"))
     sharing = Sharing(env, Rate.constant(1.0), caps={"shut": Never((0.0,), (1.0,))})
@@ -391,7 +410,7 @@ Sizes = Callable[[np.random.Generator], np.ndarray]
 
 def sojourns(rho: float, slots: int, sizes: Sizes, seed: int) -> np.ndarray:
     """Of Poisson arrivals with sizes of mean 1, without the first fifth, in order of arrival."""
-    env = simpy.Environment()
+    env = Clock()
     sharing = Sharing(env, Rate.constant(1), slots=slots)
     gaps = stream(seed, "gaps").exponential(1 / (rho * slots), JOBS).tolist()
     work = sizes(stream(seed, "sizes")).tolist()

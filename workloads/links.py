@@ -188,6 +188,13 @@ def at_rates(spec: Described, there_bytes_per_s: float, back_bytes_per_s: float)
     return spec.model_copy(update={**there, "back": spec.back.model_copy(update=back)})
 
 
+def smooth(spec: LinkSpec) -> LinkSpec:
+    """The same without what makes some messages take longer than others."""
+    nothing = {name: LinkSpec.model_fields[name].default for name in ("jitter", "loss", "slow_start")}
+    back = spec.back.model_copy(update=dict.fromkeys(nothing))
+    return spec.model_copy(update={**nothing, "back": back})
+
+
 def files(spec: BaseModel) -> Iterator[str]:
     """The files that a link or a medium names."""
     for _, value in spec:

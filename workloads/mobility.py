@@ -55,6 +55,10 @@ class Waypoints(_Mobility):
             yield from ((turn * last + t, x, y) for t, x, y in self.points)
 
 
+ANYWHERE = Waypoints(points=((0.0, 0.0, 0.0),))
+"""Of a node that moves, when it is not to be told where."""
+
+
 class RandomWaypoint(_Mobility):
     """To a random place in a rectangle, straight, at a random speed; then a pause, then on (Johnson and Maltz 1996).
 

@@ -1,16 +1,19 @@
-"""Any continuous distribution of scipy.stats as a table of its quantiles, so that one draw costs one look-up.
+"""Distributions of times as people write them, and their quantiles: one draw is the quantile of a uniform number.
 
-Knows scipy and nothing else. scipy's own scalar quantiles take 100 µs and more, a look-up less than one.
+A few have formulas. Any continuous one of scipy.stats is a table of its quantiles, so that one draw costs one look-up:
+scipy's own scalar quantiles take 100 µs and more. Knows scipy and nothing else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from scipy import special
 
 from isthmus.workloads.errors import InputError, unknown
 
@@ -66,13 +69,6 @@ def quantiles(name: str, parameters: tuple[tuple[str, float], ...]) -> Quantiles
     return Quantiles(name, parameters)
 
 
-def check_name(name: str, others: tuple[str, ...]) -> None:
-    """InputError unless scipy, or `others`, have a distribution of that name."""
-    if name not in others and name not in _names():
-        problem = unknown("distribution", name, [*_names(), *others]).problem
-        raise InputError(problem, allowed=", ".join([*others, "any continuous distribution of scipy.stats"]))
-
-
 @cache
 def _names() -> frozenset[str]:
     from scipy import stats  # takes half a second, and few testbeds need it
@@ -80,12 +76,20 @@ def _names() -> frozenset[str]:
     return frozenset(name for name in dir(stats) if isinstance(getattr(stats, name), stats.rv_continuous))
 
 
+def _check_name(name: str) -> None:
+    if name not in FORMULAS and name not in _names():
+        problem = unknown("distribution", name, [*_names(), *FORMULAS]).problem
+        raise InputError(problem, allowed=", ".join([*FORMULAS, "any continuous distribution of scipy.stats"]))
+
+
 def _frozen(name: str, parameters: Mapping[str, float]) -> Any:
     """scipy's distribution with its parameters, checked."""
     from scipy import stats
 
-    check_name(name, ())
-    law = getattr(stats, name)
+    _check_name(name)
+    law = getattr(stats, name, None)
+    if law is None:
+        raise InputError(f"the distribution {name} has no parameters", allowed="those of scipy.stats have")
     shapes = [shape.strip() for shape in law.shapes.split(",")] if law.shapes else []
     said = ", ".join(f"{key}: {value:g}" for key, value in parameters.items())
     if not set(shapes) <= set(parameters) <= {*shapes, "loc", "scale"}:
@@ -103,3 +107,88 @@ def _frozen(name: str, parameters: Mapping[str, float]) -> Any:
     if not 0 < mean < math.inf:
         raise InputError(f"{name} with {{{said}}} has no finite mean above 0")
     return frozen
+
+
+def _gamma(u: float, spread: float) -> float:
+    return spread**2 * float(special.gammaincinv(1 / spread**2, u))
+
+
+def _lognormal(u: float, spread: float) -> float:
+    variance = math.log1p(spread**2)
+    return math.exp(math.sqrt(variance) * float(special.ndtri(u)) - variance / 2)
+
+
+FORMULAS: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda u, _: 1.0,
+    "exponential": lambda u, _: -math.log1p(-u),
+    "gamma": _gamma,
+    "lognormal": _lognormal,
+    "uniform": lambda u, _: 2 * u,
+}
+"""Of mean 1, by a uniform number in [0, 1) and the standard deviation over the mean, which two of them heed."""
+
+
+class Law(BaseModel):
+    """A distribution, which is scaled to a mean that is given elsewhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    distribution: str = Field(
+        default="constant",
+        description="constant, exponential, gamma, lognormal, uniform (from 0 to twice the mean), or the name of a "
+        "continuous one in scipy.stats, such as weibull_min",
+        examples=list(FORMULAS),
+    )
+    spread: float = Field(
+        default=0.5, gt=0, allow_inf_nan=False, description="standard deviation over mean, for gamma and lognormal"
+    )
+    parameters: dict[str, float] = Field(
+        default={}, description="shape, and `loc`, of a distribution of scipy.stats, such as {c: 1.5}"
+    )
+
+    @field_validator("distribution")
+    @classmethod
+    def _is_there(cls, name: str) -> str:
+        try:
+            _check_name(name)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    @model_validator(mode="after")
+    def _has_quantiles(self) -> Law:
+        try:
+            table = self._table
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        if table is not None and "spread" in self.model_fields_set:
+            raise ValueError(f"has a `spread`, which {self.distribution} takes from its `parameters`")
+        return self
+
+    @property
+    def _table(self) -> Quantiles | None:
+        """None for one that has a formula. `gamma` and `uniform` with parameters are scipy's."""
+        if self.distribution in FORMULAS and not self.parameters:
+            return None
+        return quantiles(self.distribution, tuple(sorted(self.parameters.items())))
+
+    @property
+    def quantile(self) -> Callable[[float], float]:
+        """The quantiles, scaled to a mean of 1, by a number in [0, 1)."""
+        table = self._table
+        return _Formula(self.distribution, self.spread) if table is None else table
+
+
+class _Formula:
+    """One of `FORMULAS` with its spread; it pickles."""
+
+    __slots__ = ("_name", "_of", "_spread")
+
+    def __init__(self, name: str, spread: float) -> None:
+        self._name, self._spread, self._of = name, spread, FORMULAS[name]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _Formula, (self._name, self._spread)
+
+    def __call__(self, u: float) -> float:
+        return self._of(u, self._spread)

@@ -6,20 +6,17 @@ function of (seed, node, request), never of the order in which it is asked for.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from scipy import special
+from pydantic import Field
 
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.model import Model, Part, members
 from isthmus.workloads.profile import Profile
-from isthmus.workloads.quantiles import check_name, quantiles
+from isthmus.workloads.quantiles import Law
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.units import Seconds
 
@@ -106,58 +103,13 @@ class Measured:
         return self.profile.batch_factor(size)
 
 
-DISTRIBUTIONS = ("constant", "exponential", "gamma", "lognormal")
-"""Those that need no parameters of their own."""
-
-
-class SyntheticSpec(BaseModel):
-    """A made-up service time of the whole model. A part costs its share of the model's FLOPs.
-
-    The distribution is one of four, or any continuous one of scipy.stats with its shape `parameters`; it is scaled to
-    the mean.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class SyntheticSpec(Law):
+    """A made-up service time of the whole model. A part costs its share of the model's FLOPs."""
 
     mean: Seconds = Field(gt=0)
-    distribution: str = Field(
-        default="constant",
-        description="constant, exponential, gamma, lognormal, or the name of one in scipy.stats, such as weibull_min",
-        examples=list(DISTRIBUTIONS),
-    )
-    spread: float = Field(default=0.5, gt=0, description="standard deviation over mean, for gamma and lognormal")
-    parameters: dict[str, float] = Field(
-        default={}, description="shape, and `loc`, of a distribution of scipy.stats, such as {c: 1.5}"
-    )
     load: Seconds = Field(
         default=0.0, description="to load the whole model where `memory` is limited; a part costs its share by bytes"
     )
-
-    @field_validator("distribution")
-    @classmethod
-    def _is_there(cls, name: str) -> str:
-        try:
-            check_name(name, DISTRIBUTIONS)
-        except InputError as error:
-            raise ValueError(str(error)) from None
-        return name
-
-    @model_validator(mode="after")
-    def _has_quantiles(self) -> SyntheticSpec:
-        try:
-            self.quantile  # noqa: B018
-        except InputError as error:
-            raise ValueError(str(error)) from None
-        if self.quantile is not None and "spread" in self.model_fields_set:
-            raise ValueError(f"has a `spread`, which {self.distribution} takes from its `parameters`")
-        return self
-
-    @property
-    def quantile(self) -> Callable[[float], float] | None:
-        """The quantiles of a distribution of scipy.stats, with a mean of 1; None for the four."""
-        if self.distribution in DISTRIBUTIONS and not self.parameters:
-            return None
-        return quantiles(self.distribution, tuple(sorted(self.parameters.items())))
 
 
 class Synthetic:
@@ -201,19 +153,7 @@ class Synthetic:
         return self.spec.load * self.model.weights_bytes(part) / self.model.parameter_bytes
 
     def draw_s(self, part: Part, noise: Uniforms, number: int) -> float:
-        mean, u, cv = self.mean_s(part), noise[number], self.spec.spread
-        if self._quantile is not None:
-            return mean * self._quantile(u)
-        match self.spec.distribution:
-            case "constant":
-                return mean
-            case "exponential":
-                return -mean * math.log1p(-u)
-            case "gamma":
-                return mean * cv**2 * float(special.gammaincinv(1 / cv**2, u))
-            case _:  # lognormal
-                sigma2 = np.log1p(cv**2)
-                return mean * float(np.exp(np.sqrt(sigma2) * special.ndtri(u) - sigma2 / 2))
+        return self.mean_s(part) * self._quantile(noise[number])
 
     def batch_factor(self, size: int) -> float:
         raise InputError(

@@ -28,10 +28,11 @@ from isthmus.workloads.links import (
     at_rates,
     files,
     named_media,
+    smooth,
     way_back,
     with_files,
 )
-from isthmus.workloads.mobility import Positions, serving
+from isthmus.workloads.mobility import ANYWHERE, Positions, serving
 from isthmus.workloads.model import Model, load_model
 from isthmus.workloads.nodes import Node, NodeSpec
 from isthmus.workloads.overheads import Overheads
@@ -212,7 +213,10 @@ class Testbed:
 
     @cached_property
     def nominal(self) -> Testbed:
-        """The same testbed as a controller may know it: every link and node at its mean rate, in its `spec` as well."""
+        """The same testbed as a controller may know it, in its `spec` as well.
+
+        Every link and node at its mean rate; no jitter, losses or slow start; of what moves only that it does.
+        """
 
         means: dict[float, Rate] = {}  # links of a group share their rate
 
@@ -221,17 +225,28 @@ class Testbed:
 
         def known(link: Link) -> Link:
             medium = link.medium and replace(link.medium, rate=mean(link.medium.rate.mean_bytes_per_s))
-            return replace(link, rate=mean(link.bottleneck.mean_bytes_per_s), medium=medium)
+            rate = mean(link.bottleneck.mean_bytes_per_s)
+            return replace(link, rate=rate, medium=medium, jitter=None, loss=0.0, slow_start=None)
 
         def told(spec: LinkSpec) -> LinkSpec:
             a, b = self.spec.pairs(spec)[0]  # of a group, its first
-            return at_rates(spec, *(self.links[way].bottleneck.mean_bytes_per_s for way in ((a, b), (b, a))))
+            steady = at_rates(spec, *(self.links[way].bottleneck.mean_bytes_per_s for way in ((a, b), (b, a))))
+            return smooth(steady)
 
         links = {i: known(link) for i, link in self.links.items()}
-        nodes = {n: it if it.speed is None else replace(it, speed=_steady(it.speed)) for n, it in self.nodes.items()}
+        nodes = {
+            n: replace(it, speed=it.speed and _steady(it.speed), mobility=it.mobility and ANYWHERE)
+            if it.speed is not None or it.mobility is not None
+            else it
+            for n, it in self.nodes.items()
+        }
         described = {
             n: it if (speed := it.relative_speed) is None else it.at_speed(_steady(speed).mean_bytes_per_s)
             for n, it in self.spec.nodes.items()
+        }
+        described = {
+            n: it if it.mobility is None else it.model_copy(update={"mobility": ANYWHERE})
+            for n, it in described.items()
         }
         shared = {it.medium.name: it.medium.rate.mean_bytes_per_s for it in links.values() if it.medium is not None}
         media = {n: at_rates(spec, shared[n], shared[way_back(n)]) for n, spec in self.spec.media.items()}
