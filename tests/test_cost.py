@@ -267,7 +267,8 @@ def test_sources_whose_routes_are_alike_share_their_numbers(synthetic, memory):
     testbed = synthetic({"camera": camera, "cloud": "1ms"}, links)
     first, second = (all_splits(testbed, testbed.models["chain"], f"camera-{i}")[0] for i in range(2))
     assert (first.costs is second.costs) == (memory is None)
-    assert {stage.node for row in range(len(second)) for stage in second.plan(row).stages} == {"camera-1", "cloud"}
+    used = {stage.node for row in range(len(second)) for stage in second.plan(row).stages}
+    assert used == ({"camera-1", "cloud"} if memory is None else {"cloud"})  # no part of the model fits into 20 kB
     assert np.array_equal(first.cuts, second.cuts)
     with pytest.raises(ValueError, match="read-only"):
         first.compute_s[0, 0] = 0
