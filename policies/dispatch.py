@@ -84,7 +84,8 @@ class Compiler:
         self.unseen = beliefs.links(0.0), beliefs.nodes(0.0)
         """What is believed of links and nodes of which nothing was seen: for policies that do not look."""
         self._compiled: dict[tuple[Plan, str, str, frozenset[LinkId]], Compiled] = {}
-        self.known = lru_cache(maxsize=64)(testbed.nominal.without)
+        # Nodes that move are each told of links of their own: room for some hundreds of them, at a few cells each.
+        self.known = lru_cache(maxsize=1024)(testbed.nominal.without)
         """The nominal testbed while some links are down: one for all sources that are told the same."""
 
     def __call__(self, plan: Plan, model: str, source: str, down: frozenset[LinkId] = NONE_DOWN) -> Compiled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from isthmus.policies.contract import View
-from isthmus.policies.cost import Finish, Splits, all_splits
+from isthmus.policies.cost import Finish, KnownSplits, Recent, Splits, all_splits
 from isthmus.policies.plan import Plan
 from isthmus.workloads.requests import Request
 from isthmus.workloads.routing import LinkId
@@ -15,20 +15,25 @@ class LeastDelay:
     """Costs every split over every route under the view, and takes the least. What is believed down is left out."""
 
     def __init__(self) -> None:
-        self._splits: dict[tuple[str, str, frozenset[LinkId]], list[Splits]] = {}
+        self._along = KnownSplits().along
+        self._splits = Recent[tuple[str, str, frozenset[LinkId]], list[Splits]](64)
 
     def decide(self, request: Request, view: View) -> Plan:
         return self._best(request, view, None)
 
     def _best(self, request: Request, view: View, finish: Finish | None) -> Plan:
-        key = (view.source, request.model, view.testbed.down)
-        if key not in self._splits:
-            self._splits[key] = all_splits(view.testbed, view.testbed.models[request.model], view.source)
-        best: tuple[float, Plan] | None = None
-        for splits in self._splits[key]:
-            costs = np.where(splits.uses(view), splits.latency_s(view, finish=finish), np.inf)
-            row = int(np.argmin(costs))
+        testbed = view.testbed
+        key = (view.source, request.model, testbed.down)
+        found = self._splits.get(key)
+        if found is None:
+            found = self._splits.put(key, all_splits(testbed, testbed.models[request.model], view.source, self._along))
+        best: tuple[float, Splits, int] | None = None
+        for splits in found:
+            costs, up = splits.latency_s(view, finish=finish), splits.uses(view)
+            if up is not None:
+                costs = np.where(up, costs, np.inf)
+            row = int(costs.argmin())
             if best is None or costs[row] < best[0]:
-                best = float(costs[row]), splits.plan(row)
+                best = float(costs[row]), splits, row
         assert best is not None  # all_splits finds some, or says that there is none
-        return best[1]
+        return best[1].plan(best[2])

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
-
 from isthmus.policies.contract import View
-from isthmus.policies.cost import Splits
+from isthmus.policies.cost import KnownSplits, Recent, Splits
 from isthmus.policies.plan import Plan
 from isthmus.policies.static import server_for
 from isthmus.workloads.errors import InputError
@@ -28,21 +26,24 @@ class Neurosurgeon:
         if objective not in ("latency", "energy"):
             raise InputError(f"neurosurgeon has no objective {objective!r}", allowed="latency, energy")
         self.objective, self.server = objective, server
-        self._splits: dict[tuple[str, str, str, frozenset[LinkId]], Splits] = {}
+        self._along = KnownSplits().along
+        self._splits = Recent[tuple[str, str, frozenset[LinkId]], Splits](64)
 
     def decide(self, request: Request, view: View) -> Plan:
-        server = server_for(self.server, request, view)
-        key = (view.source, server, request.model, view.testbed.down)
-        if key not in self._splits:
-            route = view.testbed.route(view.source, server)
-            model = view.testbed.models[request.model]
-            self._splits[key] = Splits.along(view.testbed, model, route, frozenset((view.source, server)))
-        splits = self._splits[key]
+        testbed = view.testbed
+        key = (view.source, request.model, testbed.down)
+        splits = self._splits.get(key)
+        if splits is None:
+            server = server_for(self.server, request, view)
+            route, model = testbed.route(view.source, server), testbed.models[request.model]
+            splits = self._splits.put(key, self._along(testbed, model, route, frozenset((view.source, server))))
         if self.objective == "energy":
-            if not view.testbed.nodes[view.source].power.busy:
+            if not testbed.nodes[view.source].power.busy:
                 raise InputError(
                     f"node {view.source!r} has no power, so its energy is unknown", allowed="power.busy > 0"
                 )
-            return splits.plan(int(np.argmin(splits.source_energy_j(view))))
-        load = view.nodes[server].queue / view.testbed.nodes[server].slots
-        return splits.plan(int(np.argmin(splits.latency_s(view, queues=False) + load * splits.compute_s[:, -1])))
+            return splits.plan(int(splits.source_energy_j(view).argmin()))
+        costs, server = splits.latency_s(view, queues=False), splits.route[-1]
+        if queue := view.nodes[server].queue:
+            costs = costs + queue / testbed.nodes[server].slots * splits.compute_s[:, -1]
+        return splits.plan(int(costs.argmin()))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.policies.contract import LinkBelief, NodeBelief, Truth, View
-from isthmus.policies.cost import all_splits, latency_s, predict
+from isthmus.policies.cost import KnownSplits, Recent, all_splits, latency_s, predict
 from isthmus.policies.least_delay import LeastDelay
 from isthmus.policies.neurosurgeon import Neurosurgeon
 from isthmus.policies.oracle import BruteForce
@@ -258,6 +258,45 @@ def test_a_node_believed_down_is_left_out_of_computing_and_of_forwarding(synthet
     assert nodes(cloud=False) == {"edge"}
     assert nodes(edge=False) == {"device"}
     assert nodes(edge=False, cloud=False) == {"device"}
+
+
+@pytest.mark.parametrize("memory", [None, "20kB"])
+def test_sources_whose_routes_are_alike_share_their_numbers(synthetic, memory):
+    camera = {"count": 2, "service": {"mean": "1s"}} | ({} if memory is None else {"memory": memory})
+    links = [{"between": ["camera", "cloud"], "rate": "1Mbit", "latency": "1ms"}]
+    testbed = synthetic({"camera": camera, "cloud": "1ms"}, links)
+    first, second = (all_splits(testbed, testbed.models["chain"], f"camera-{i}")[0] for i in range(2))
+    assert (first.costs is second.costs) == (memory is None)
+    used = {stage.node for row in range(len(second)) for stage in second.plan(row).stages}
+    assert used == ({"camera-1", "cloud"} if memory is None else {"cloud"})  # no part of the model fits into 20 kB
+    assert np.array_equal(first.cuts, second.cuts)
+    with pytest.raises(ValueError, match="read-only"):
+        first.compute_s[0, 0] = 0
+
+
+def test_a_route_that_comes_back_is_not_costed_again(synthetic):
+    ring = [("device", "edge"), ("edge", "cloud"), ("device", "cloud"), ("edge", "fog")]
+    links = [{"between": pair, "rate": "1Mbit", "latency": "1ms"} for pair in ring]
+    testbed = synthetic(dict.fromkeys(PLACES, "1s"), links)
+    model, known = testbed.models["chain"], KnownSplits()
+
+    def found(*down):
+        both = frozenset(way for a, b in down for way in ((a, b), (b, a)))
+        return all_splits(testbed.without(both), model, "device", known.along)
+
+    before, detour = found(), found(("device", "cloud"))
+    assert {s.route for s in before} != {s.route for s in detour}
+    assert found() == before
+    assert found(("edge", "cloud")) == before  # on none of its routes
+
+
+def test_what_was_not_asked_for_longest_is_forgotten():
+    recent = Recent[int, str](2)
+    recent.put(1, "one")
+    recent.put(2, "two")
+    assert recent.get(1) == "one"
+    recent.put(3, "three")
+    assert [recent.get(i) for i in (1, 2, 3)] == ["one", None, "three"]
 
 
 def test_predicted_branches_queue_in_the_order_in_which_they_come(synthetic, play):
