@@ -700,7 +700,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"service": {"mean": "1s", "distribution": "weibull_min", "parameters": {"c": -1}}}, ["service", "not defined"]),
     ({"service": {"mean": "1s", "distribution": "pareto", "parameters": {"b": 0.5}}}, ["service", "no finite mean"]),
     ({"service": {"mean": "1s", "distribution": "norm"}}, ["service", "below 0"]),
-    ({"service": {"mean": "1s", "distribution": "exponential", "parameters": {"a": 1}}}, ["exponential", "no parameters"]),
+    ({"service": {"mean": "1s", "distribution": "exponential", "parameters": {"a": 1}}}, ["l has no parameters"]),
     ({"service": {"mean": "1s", "distribution": "weibull_min", "parameters": {"c": 1}, "spread": 1}}, ["`spread`"]),
 ]  # fmt: skip
 

@@ -161,7 +161,7 @@ class Law(BaseModel):
             table = self._table
         except InputError as error:
             raise ValueError(str(error)) from None
-        if table is not None and "spread" in self.model_fields_set:
+        if table is not None and self.spread != type(self).model_fields["spread"].default:  # what is dumped has it
             raise ValueError(f"has a `spread`, which {self.distribution} takes from its `parameters`")
         return self
 
