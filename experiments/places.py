@@ -38,6 +38,8 @@ def node_rows(run: Run) -> list[dict[str, Any]]:
         nodes = run.nodes
     except InputError:  # a real run has none
         return []
+    if nodes.empty:
+        return []
     slots = {name: node.slots for name, node in run.testbed.nodes.items()}
     nodes = nodes.assign(group=by_group(nodes["node"], run), time_s=nodes["up_s"] * nodes["node"].map(slots))
     nodes["time_s"] = nodes["rented_s"].fillna(nodes["time_s"])
@@ -67,6 +69,8 @@ def link_rows(run: Run) -> list[dict[str, Any]]:
     try:
         links = run.links
     except InputError:
+        return []
+    if links.empty:
         return []
     lasted = run.nodes.groupby(["policy", "seed"])["up_s"].max().rename("lasted_s")
     links = links.join(lasted, on=["policy", "seed"]).assign(group=by_group(links["link"], run))
