@@ -54,6 +54,11 @@ def test_int8_is_off_by_half_a_step_at_most(values):
     assert np.abs(back - values).max() <= step / 2 + rounding
 
 
+def test_int8_of_the_smallest_numbers():
+    values = np.array([4.022e-42, 0], np.float32)
+    assert codec("int8").decode(codec("int8").encode(values), values.dtype) == pytest.approx(values, abs=1e-43)
+
+
 def test_int8_of_a_constant_is_exact():
     for value in (0.0, -3.5, 1e30):
         values = np.full((2, 3), value, np.float32)

@@ -60,7 +60,8 @@ def _encode_int8(values: Array) -> tuple[Array, ...]:
     wide = values.astype(np.float32, copy=False)
     low, high = np.min(wide), np.max(wide)
     step = (high - low) / np.float32(255) or np.float32(1)
-    quantised = (np.rint((wide - low) / step) - 128).astype(np.int8)
+    # The limit is for steps so small that they are rounded themselves.
+    quantised = (np.minimum(np.rint((wide - low) / step), 255) - 128).astype(np.int8)
     return quantised, np.array([low, step], dtype=np.float32)
 
 
