@@ -115,7 +115,8 @@ EVERYTHING: dict[str, Any] = {
     },
     "workload": [
         {"node": "cam", "model": "m", "arrivals": {"kind": "poisson", "rate": "4/s"}, "requests": 60, "timeout": "1s"},
-        {"node": "sensor", "model": "m", "arrivals": {"kind": "closed", "users": 3, "think": "500ms"}, "requests": 60, "duration": "60s"},
+        {"node": "sensor", "model": "m", "arrivals": {"kind": "closed", "users": 3, "think": "500ms"}, "requests": 60,
+         "duration": "60s"},
     ],
     "policies": ["local", "random", "least-delay", {"fixed": {"cut": 2, "server": "cloud"}}],
     "seeds": [1, 2],
