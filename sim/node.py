@@ -80,6 +80,16 @@ class Place:
         """Seconds for which its slots were rented until now."""
         return None
 
+    def _admits(self, token: Token, held: int, now_s: float) -> bool:
+        """Whether it takes a token while it holds so many: not if it is down, and not without room, which it says."""
+        if not self.up:
+            return False
+        if self._node.room is not None and held >= self._node.room:
+            self.refused += 1
+            self._refuse(token, f"no room at {self.name}", now_s)
+            return False
+        return True
+
     def work_aside(self, end_s: float, now_s: float) -> None:
         """It works on something that takes no slot, until `end_s`."""
         if self.up:
