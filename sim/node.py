@@ -80,16 +80,6 @@ class Place:
         """Seconds for which its slots were rented until now."""
         return None
 
-    def _admits(self, token: Token, held: int, now_s: float) -> bool:
-        """Whether it takes a token while it holds so many: not if it is down, and not without room, which it says."""
-        if not self.up:
-            return False
-        if self._node.room is not None and held >= self._node.room:
-            self.refused += 1
-            self._refuse(token, f"no room at {self.name}", now_s)
-            return False
-        return True
-
     def work_aside(self, end_s: float, now_s: float) -> None:
         """It works on something that takes no slot, until `end_s`."""
         if self.up:
@@ -152,6 +142,25 @@ class Place:
             energy_j=energy_j,
             battery_left_j=left_j,
         )
+
+
+class LimitedNode(Place):
+    """A node that may have room for so many tokens only, waiting and in service; it holds `_held` now."""
+
+    __slots__ = ("_held", "_refuse", "_room")
+
+    def __init__(self, clock: Clock, node: Node, refuse: Refuse) -> None:
+        super().__init__(clock, node)
+        self._room = math.inf if node.room is None else node.room
+        self._refuse, self._held = refuse, 0
+
+    def _admits(self, token: Token, now_s: float) -> bool:
+        """Whether it takes a token now. One that is down loses it, one that is full refuses it."""
+        if self.up and self._held >= self._room:
+            self.refused += 1
+            self._refuse(token, f"no room at {self.name}", now_s)
+            return False
+        return self.up
 
 
 class FifoNode(Place):

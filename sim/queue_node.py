@@ -14,7 +14,7 @@ from functools import partial
 from isthmus.sim.battery import Battery
 from isthmus.sim.clock import Armed, Callbacks, Clock
 from isthmus.sim.memory import Finish, Memory
-from isthmus.sim.node import Place, Refuse
+from isthmus.sim.node import LimitedNode, Refuse
 from isthmus.sim.slots import ElasticSlots, Slots
 from isthmus.sim.token import Token
 from isthmus.sim.waiting import Batching, Job, Waiting, part_of
@@ -35,10 +35,10 @@ def _at_once(start_s: float, seconds: float) -> float:
     return start_s + seconds
 
 
-class QueueNode(Place):
+class QueueNode(LimitedNode):
     """`factor` says how many times longer than one job a batch of a model takes."""
 
-    __slots__ = ("_computed", "_ended_at", "_factor", "_finish", "_held", "_refuse", "_room", "_slots", "_waiting",
+    __slots__ = ("_computed", "_ended_at", "_factor", "_finish", "_slots", "_waiting",
                  "_wake_s")  # fmt: skip
 
     def __init__(
@@ -51,26 +51,20 @@ class QueueNode(Place):
         memory: Memory | None,
         battery: Battery | None,
     ) -> None:
-        super().__init__(clock, node)
+        super().__init__(clock, node, refuse)
         [self._computed] = computed
-        self._refuse, self._factor = refuse, factor
+        self._factor = factor
         self.memory, self.battery = memory, battery
         self._ended_at = (self._ended,)
         self._finish: Finish = _at_once if node.speed is None else node.speed.finish_s
-        self._room = math.inf if node.room is None else node.room
         self._waiting = Waiting(node.discipline) if node.batch is None else Batching(node.discipline, node.batch)
         self._slots = (
             Slots(node.slots) if node.scale is None else ElasticSlots(clock, node.slots, node.scale, self._begin_all)
         )
-        self._held = 0
         self._wake_s = math.inf
 
     def submit(self, token: Token, seconds: float, now_s: float) -> None:
-        if not self.up:
-            return
-        if self._held >= self._room:
-            self.refused += 1
-            self._refuse(token, f"no room at {self.name}", now_s)
+        if not self._admits(token, now_s):
             return
         self._held += 1
         token.ready_s, token.life = now_s, self.life

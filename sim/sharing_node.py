@@ -5,38 +5,32 @@ n jobs on c slots get min(1, c/n) of a slot each (Kleinrock, Queueing Systems, v
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 from isthmus.sim.battery import Battery
 from isthmus.sim.clock import Callbacks, Clock
 from isthmus.sim.meter import Meter
-from isthmus.sim.node import Place, Refuse
+from isthmus.sim.node import LimitedNode, Refuse
 from isthmus.sim.sharing import Sharing
 from isthmus.sim.token import Token
 from isthmus.workloads.nodes import Node
 from isthmus.workloads.rate import Rate
 
 
-class SharingNode(Place):
+class SharingNode(LimitedNode):
     """Nothing waits here. It is as busy as slots have work: n jobs on c slots keep min(n, c) busy."""
 
-    __slots__ = ("_busy", "_computed", "_held", "_refuse", "_room", "_sharing")
+    __slots__ = ("_busy", "_computed", "_sharing")
 
     def __init__(self, clock: Clock, node: Node, computed: Callbacks, refuse: Refuse, battery: Battery | None) -> None:
-        super().__init__(clock, node)
+        super().__init__(clock, node, refuse)
         [self._computed] = computed
-        self._refuse, self.battery = refuse, battery
-        self._room = math.inf if node.room is None else node.room
+        self.battery = battery
         self._sharing = Sharing(clock, node.speed or Rate.constant(1.0), slots=node.slots)
-        self._busy, self._held = Meter(), 0
+        self._busy = Meter()
 
     def submit(self, token: Token, seconds: float, now_s: float) -> None:
-        if not self.up:
-            return
-        if self._held >= self._room:
-            self.refused += 1
-            self._refuse(token, f"no room at {self.name}", now_s)
+        if not self._admits(token, now_s):
             return
         token.ready_s = token.begun_s = now_s
         token.life = self.life
