@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from isthmus.experiments.run_folder import Run
-from isthmus.workloads.errors import InputError
 from isthmus.workloads.testbed import TestbedSpec
 
 
@@ -34,11 +33,7 @@ def node_rows(run: Run) -> list[dict[str, Any]]:
 
     `utilisation` is the share of the slots' time that was worked; `wait_s` the mean of those served. Missing is None.
     """
-    try:
-        nodes = run.nodes
-    except InputError:  # a real run has none
-        return []
-    if nodes.empty:
+    if run.world != "simulated" or (nodes := run.nodes).empty:
         return []
     slots = {name: node.slots for name, node in run.testbed.nodes.items()}
     nodes = nodes.assign(group=by_group(nodes["node"], run), time_s=nodes["up_s"] * nodes["node"].map(slots))
@@ -66,11 +61,7 @@ def node_rows(run: Run) -> list[dict[str, Any]]:
 
 def link_rows(run: Run) -> list[dict[str, Any]]:
     """The same of links, by direction: messages, bytes, the share of time in which they sent, and the mean wait."""
-    try:
-        links = run.links
-    except InputError:
-        return []
-    if links.empty:
+    if run.world != "simulated" or (links := run.links).empty:
         return []
     lasted = run.nodes.groupby(["policy", "seed"])["up_s"].max().rename("lasted_s")
     links = links.join(lasted, on=["policy", "seed"]).assign(group=by_group(links["link"], run))
