@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
+from itertools import count
 from typing import Any, cast
 
 import networkx as nx
@@ -98,19 +99,29 @@ class Routes:
 
     def exist(self, start: str, end: str) -> bool:
         """Whether there is any route, all links being up."""
-        if start == end or end in self._weights[start]:
-            return True
-        return not self._regions[start].isdisjoint(self._regions[end])
+        return start == end or not self.regions[start].isdisjoint(self.regions[end])
 
     @cached_property
-    def _regions(self) -> Mapping[str, frozenset[int]]:
-        """The connected pieces of the core that a node is in, or that it hangs on."""
-        pieces = nx.connected_components(self._core)
-        of = {node: frozenset((number,)) for number, piece in enumerate(pieces) for node in piece}
-        none = frozenset[int]()
-        return {
-            node: of.get(node) or none.union(*(of.get(n, none) for n in links)) for node, links in self._weights.items()
-        }
+    def regions(self) -> Mapping[str, frozenset[int]]:
+        """What each node is in: there is a route between two nodes when they have a region in common.
+
+        A region is a connected piece of the core with all that hangs on it, or a link between two that forward nothing.
+        """
+        pieces = list(nx.connected_components(self._core))
+        of = {node: number for number, piece in enumerate(pieces) for node in piece}
+        numbers = count(len(pieces))
+        regions: dict[str, set[int]] = {node: {of[node]} if node in of else set() for node in self._weights}
+        for node, links in self._weights.items():
+            if node not in of:
+                for other in links:
+                    if other in of:
+                        regions[node].add(of[other])
+                    elif node < other:
+                        number = next(numbers)
+                        regions[node].add(number)
+                        regions[other].add(number)
+        known: dict[frozenset[int], frozenset[int]] = {}  # one for all who are in the same
+        return {node: known.setdefault(found, found) for node, found in ((n, frozenset(r)) for n, r in regions.items())}
 
     def __getstate__(self) -> dict[str, object]:
         # Paths are found again where they are needed; the cache does not pickle.

@@ -323,11 +323,20 @@ class Testbed:
 
     def reachable(self, source: str) -> list[str]:
         """The other nodes that serve and that there is a route to, and so one back, in the order of the testbed."""
-        return [node for node in self._servers if node != source and self.routes.exist(source, node)]
+        servers = self._servers
+        regions = self.routes.regions[source]
+        found = sorted({p for region in regions for p in servers.get(region, ())})
+        return [name for _, name in found if name != source]
 
     @cached_property
-    def _servers(self) -> list[str]:
-        return [name for name, node in self.nodes.items() if node.serves]
+    def _servers(self) -> dict[int, list[tuple[int, str]]]:
+        """The nodes that serve, and their place in the testbed, by region."""
+        servers: dict[int, list[tuple[int, str]]] = {}
+        for place, (name, node) in enumerate(self.nodes.items()):
+            if node.serves:
+                for region in self.routes.regions[name]:
+                    servers.setdefault(region, []).append((place, name))
+        return servers
 
     def service(self, node: str, model: str) -> Service:
         """Service times of a model on a node. KeyError is a bug: names are checked before."""
