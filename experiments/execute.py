@@ -338,7 +338,7 @@ def calibrate(
     from isthmus.real.cluster import local_ray
 
     bare = experiment.build_testbed(need_profiles=False)
-    labels = {node.profile for node in experiment.testbed_spec.nodes.values() if node.service is None}
+    labels = {node.label for node in experiment.testbed_spec.nodes.values() if node.service is None}
     if len(labels) > 1:
         raise InputError(
             f"nodes take the profiles of several machines: {', '.join(sorted(labels))}",

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from isthmus.workloads.cluster import HostName
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.mobility import Mobility, Position, Positions, RandomWaypoint, Waypoints
 from isthmus.workloads.model import Model, Part
@@ -136,7 +137,14 @@ class NodeSpec(_Spec):
     serves: bool | None = Field(
         default=None, description="whether policies may offload to it; by default all that are not in a group"
     )
-    profile: str = Field(default="host", description="label of the machine whose profiles this node takes")
+    host: HostName | None = Field(
+        default=None,
+        description="the machine of the cluster that it is; with a `slowdown` or a `service`, emulated there",
+    )
+    profile: str | None = Field(
+        default=None,
+        description="label of the machine whose profiles this node takes; by default its `host`, or `host`",
+    )
     slowdown: float = Field(default=1.0, gt=0, description="how many times slower than that machine")
     service: SyntheticSpec | None = None
     slots: int = Field(default=1, ge=1, description="requests that it computes at the same time")
@@ -164,8 +172,10 @@ class NodeSpec(_Spec):
 
     @model_validator(mode="after")
     def _fields_go_together(self) -> NodeSpec:
-        if self.service is not None and (self.profile != "host" or self.slowdown != 1):
+        if self.service is not None and (self.profile is not None or self.slowdown != 1):
             raise ValueError("has both `service` and `profile` or `slowdown`: a node's times have one source")
+        if self.host is not None and self.count is not None:
+            raise ValueError("has both `host` and `count`: a host is one machine (allowed: one node per host)")
         if self.position is not None and self.mobility is not None:
             raise ValueError("has both `position` and `mobility`: the position is of a cell, which does not move")
         if self.discipline == "ps":
@@ -195,6 +205,16 @@ class NodeSpec(_Spec):
         _ = self.relative_speed  # says what is wrong with it
         return self
 
+    @property
+    def is_physical(self) -> bool:
+        """Whether, in a real run, it takes the time that its host takes."""
+        return self.host is not None and self.slowdown == 1 and self.service is None
+
+    @property
+    def label(self) -> str:
+        """Of the machine whose profiles it takes."""
+        return self.profile or self.host or "host"
+
     @cached_property
     def relative_speed(self) -> Rate | None:
         """Seconds of work done per second; None where that is always 1."""
@@ -222,6 +242,7 @@ class NodeSpec(_Spec):
             Node(
                 name, serves, self.slots, self.power, self.price, self.slowdown, self.position, path,
                 self.discipline, self.room, self.batch, self.memory, self.relative_speed, self.battery, self.scale,
+                self.host, self.is_physical,
             )
             for name, path in zip(names, paths, strict=True)
         ]  # fmt: skip
@@ -247,6 +268,10 @@ class Node:
     """Seconds of work done per second, over time; None where that is always 1."""
     battery_j: float | None = None
     scale: Scale | None = None
+    host: str | None = None
+    """The machine of the cluster that it is, or is emulated on; None for whatever machine the run is started on."""
+    physical: bool = False
+    """Whether it takes the time that its host takes."""
 
     @property
     def special(self) -> list[str]:

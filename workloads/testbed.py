@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from isthmus.workloads.cluster import ClusterSpec
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError, unknown, within
 from isthmus.workloads.links import (
@@ -60,6 +61,7 @@ class TestbedSpec(_Spec):
     nodes: dict[NodeName, NodeSpec] = Field(min_length=1)
     links: tuple[LinkSpec, ...] = ()
     media: dict[MediumName, MediumSpec] = Field(default={}, description="what several links share, by name")
+    cluster: ClusterSpec | None = Field(default=None, description="the machines that nodes with a `host` are")
     profiles: str = Field(default="profiles", description="folder with the measured profiles, relative to this file")
 
     @model_validator(mode="after")
@@ -183,7 +185,7 @@ class Testbed:
                 if node.service is not None:
                     service = Synthetic(model, node.service)
                 elif need_profiles:
-                    service = Measured(model, _profile(store, model, node.profile), node.slowdown)
+                    service = Measured(model, _profile(store, model, node.label), node.slowdown)
                 else:
                     continue
                 _check_batches(node, service, f"{where or spec.name}: nodes.{name}.batch")
