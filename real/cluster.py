@@ -166,7 +166,7 @@ def _settings(settings: Mapping[str, str | None]) -> Iterator[Any]:
     try:
         try:
             import ray
-            from ray._raylet import AuthenticationTokenLoader, Config
+            from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
         except ImportError:
             raise RunFailure("real runs need Ray: pip install 'isthmus[real]'") from None
 
@@ -197,8 +197,7 @@ def _set(settings: Mapping[str, str | None]) -> None:
 def _loopback() -> Iterator[None]:
     """Ray listens on all addresses of a machine, except where it takes the loopback for the machine's own.
 
-    Which it does where it is told that there will be no other machines (`RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`, read when
-    it is imported).
+    Which it does where it is told that no other machines will join (`RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`, read once).
     """
     from ray._private import ray_constants
 
@@ -210,9 +209,20 @@ def _loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def start_actor(ray: Any, kind: type, *arguments: Any) -> Any:
-    """An actor of a plain class. It claims no CPU, since emulated nodes share the host's; calls may overlap."""
-    return ray.remote(kind).options(num_cpus=0, max_concurrency=16, max_restarts=0).remote(*arguments)
+def start_actor(ray: Any, kind: type, *arguments: Any, **where: Any) -> Any:
+    """An actor of a plain class. It claims no CPU, since emulated nodes share the host's; calls may overlap.
+
+    `where` are Ray's options of where it runs; without them it is where Ray likes.
+    """
+    return ray.remote(kind).options(num_cpus=0, max_concurrency=16, max_restarts=0, **where).remote(*arguments)
+
+
+def on_this_machine(ray: Any) -> dict[str, Any]:
+    """Options for actors that belong on the machine of the driver."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
 def results(ray: Any, references: list[Any], timeout_s: float = 600) -> list[Any]:

@@ -56,7 +56,7 @@ def _check_plain(plain: socket.socket, address: str) -> None:
     answer = plain.recv(64)
     if len(answer) < 4 or answer[3] != _SETTINGS:
         raise RunFailure(
-            f"at {address} there is no Ray without TLS (allowed: `certificates: FOLDER` in `cluster`, where the head has "
+            f"at {address} there is no Ray without TLS (allowed: `certificates: FOLDER` in `cluster` if the head has "
             "them; the port that `ray start --head --port` was given)"
         )
 
@@ -84,7 +84,7 @@ def ask(address: str) -> Mapping[str, list[str]]:
     RunFailure where the token is refused, where one is not even asked for, and for another Ray or Python than ours.
     """
     import ray
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     try:
         with _quiet():
@@ -113,7 +113,7 @@ def ask(address: str) -> Mapping[str, list[str]]:
 def is_open(address: str) -> bool:
     """Whether the head lets in who has no token. The environment has to be without one."""
     import ray
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     try:
         with _quiet():
@@ -127,7 +127,7 @@ def is_open(address: str) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the lines that Ray's own logger writes to standard error, whatever its level, before it is initialised."""
+    """Without the lines that Ray's logger writes to standard error before it is initialised, whatever its level."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
