@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from isthmus.workloads.cluster import ClusterSpec
 from isthmus.workloads.errors import IsthmusError, RunFailure
 
 
@@ -54,6 +56,14 @@ def local_ray() -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def connect(spec: ClusterSpec | None, folder: Path) -> Iterator[Any]:
+    """The Ray cluster of a testbed; without one, Ray on this machine. `folder` is where relative paths start."""
+    assert spec is None, folder
+    with local_ray() as ray:
+        yield ray
 
 
 def start_actor(ray: Any, kind: type, *arguments: Any, **where: Any) -> Any:
