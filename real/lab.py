@@ -14,6 +14,7 @@ ends all that runs in the host, and namespaces, devices and mounts go with it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -113,10 +114,12 @@ class Lab:
     def load(cls, folder: str | Path) -> Lab:
         """InputError when there is none."""
         folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError("there is no such lab", where=folder, allowed=", ".join(names()) or "none is up")
         try:
             said = json.loads((folder / "lab.json").read_text())
-        except FileNotFoundError:
-            raise InputError("there is no such lab", where=folder, allowed=", ".join(names()) or "none is up") from None
+        except FileNotFoundError:  # it has just begun, or did not get further
+            return cls(folder, ())
         hosts = tuple(Host(**{**h, "processes": tuple(Process(**p) for p in h["processes"])}) for h in said["hosts"])
         return cls(folder, hosts, tuple(said["wires"]), said["relay"] and Process(**said["relay"]))
 
@@ -204,7 +207,7 @@ def _await(done: Any, otherwise: str, timeout_s: float = 20) -> None:
 
 def names() -> list[str]:
     """The labs that are up, or were not taken down."""
-    return sorted(path.parent.name for path in LABS.glob("*/lab.json"))
+    return sorted(path.name for path in LABS.glob("*"))
 
 
 def unavailable() -> str | None:
@@ -250,9 +253,11 @@ def up(
             raise InputError(
                 f"{node!r} cannot be the name of a host", where="lab", allowed="letters, digits, . _ -, and not `head`"
             )
-    for node in cpu:
+    for node, share in cpu.items():
         if node not in nodes:
             raise unknown("node", node, nodes, where="--cpu")
+        if not 0.01 <= share < math.inf:
+            raise InputError(f"{share:g} of a processor for {node!r}", where="--cpu", allowed="0.01 or more")
     for link in links.values():
         check(link, links)
     folder = LABS / name
@@ -262,7 +267,7 @@ def up(
         raise InputError("is up already", where=f"lab {name}", allowed=f"`isthmus lab down {name}` before") from None
     lab = Lab(folder, ())
     try:
-        for lab in _build(lab, nodes, links, cpu, shaper):  # noqa: B007 (each has one thing more to be taken down)
+        for lab in _build(lab, nodes, links, cpu, shaper):  # each has one thing more that is to be taken down
             lab.save()
     except BaseException:
         lab.down()
@@ -283,19 +288,16 @@ def _build(
     (lab.folder / "empty").touch()
     started = []
     for name, address in addresses.items():
-        process = _start_host(lab.folder, name)
-        group = None
-        if name in cpu:
-            group = cpu_group(f"isthmus-lab-{lab.name}-{name}", cpu[name])
-        host = Host(name, address, cpu.get(name), group, 0, (Process.of(process.pid),))
-        lab = replace(lab, hosts=(*lab.hosts, host))
-        yield lab
-        started.append(process)
-    hosts = tuple(
-        _ready(host, process, lab.folder) for host, process in zip(lab.hosts, started, strict=True)
-    )
-    lab = replace(lab, hosts=hosts)
-    yield lab
+        group = None if name not in cpu else f"isthmus-lab-{lab.name}-{name}"
+        host = Host(name, address, cpu.get(name), group and str(control_groups() / group), 0, ())
+        yield (lab := replace(lab, hosts=(*lab.hosts, host)))
+        if host.group is not None:
+            limit(Path(host.group), cpu[name])
+        started.append(_start_host(lab.folder, name))
+        host = replace(host, processes=(Process.of(started[-1].pid),))
+        yield (lab := replace(lab, hosts=(*lab.hosts[:-1], host)))
+    hosts = tuple(_ready(host, process, lab.folder) for host, process in zip(lab.hosts, started, strict=True))
+    yield (lab := replace(lab, hosts=hosts))
     head, *others = hosts
     for host in hosts:
         shaping.begin(host.pid, host.address)
@@ -315,11 +317,9 @@ def _build(
             shaping.join(by_name[a].pid, f"link{number}", by_name[b].pid, f"link{number}")
             for end in (a, b):
                 shaping.raise_device(by_name[end].pid, f"link{number}")
-    lab = replace(lab, wires=tuple(wires))
-    yield lab
+    yield (lab := replace(lab, wires=tuple(wires)))
     relay = _start_relay(lab.folder, links)
-    lab = replace(lab, relay=Process.of(relay.pid))
-    yield lab
+    yield (lab := replace(lab, relay=Process.of(relay.pid)))
     _await_word(relay, "the relay does not start", lab.folder / "relay.log")
 
     devices: dict[LinkId, str] = {}
@@ -334,7 +334,8 @@ def _build(
             with suppress(InputError):  # there is no way
                 if a != b:
                     following = routes.find(a.name, b.name)[1]
-                    shaping.route(a.pid, b.address, devices[a.name, following], a.address)
+                    by_way_of = None if following == b.name else by_name[following].address
+                    shaping.route(a.pid, b.address, devices[a.name, following], a.address, by_way_of)
 
 
 def _start_host(folder: Path, name: str) -> subprocess.Popen[str]:
@@ -377,26 +378,30 @@ def _await_word(process: subprocess.Popen[str], otherwise: str, log: Path) -> No
             raise RunFailure(f"the lab: {otherwise}: {' '.join(log.read_text().split())[-500:]}")
 
 
-def cpu_group(name: str, share: float) -> str:
-    """A new control group whose processes together keep so many processors busy at most; its folder.
+def control_groups() -> Path:
+    """Where control groups are that limit CPU: of version 2, or of version 1."""
+    root = Path("/sys/fs/cgroup")
+    return root if (root / "cgroup.controllers").exists() else root / "cpu"
+
+
+def limit(group: Path, share: float) -> None:
+    """A new control group, whose processes together keep so many processors busy at most.
 
     A period of 5 ms, since the usual 100 ms would stop a part of milliseconds for most of a period or not at all; for
-    shares below 0.2 longer, since the kernel wants a quota of 1 ms.
+    shares below 0.2 longer, since the kernel wants a quota of 1 ms. RunFailure where the kernel has no such limit.
     """
-    period = max(_PERIOD_US, round(_LEAST_QUOTA_US / share))
+    period = max(_PERIOD_US, math.ceil(_LEAST_QUOTA_US / share))
     quota = round(share * period)
-    root = Path("/sys/fs/cgroup")
+    root = group.parent
     try:
-        if (root / "cgroup.controllers").exists():  # version 2
+        if (root / "cgroup.controllers").exists():
             if "cpu" not in (root / "cgroup.subtree_control").read_text().split():
                 (root / "cgroup.subtree_control").write_text("+cpu")
             files = {"cpu.max": f"{quota} {period}"}
         else:
-            root = root / "cpu"
             files = {"cpu.cfs_period_us": str(period), "cpu.cfs_quota_us": str(quota)}
-        (root / name).mkdir()
+        group.mkdir()
         for file, text in files.items():
-            (root / name / file).write_text(text)
+            (group / file).write_text(text)
     except OSError as error:
         raise RunFailure(f"no limit of CPU on this machine: {error}") from None
-    return str(root / name)

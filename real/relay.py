@@ -242,7 +242,10 @@ def _answer(listener: socket.socket, ways: Mapping[LinkId, Way], coming: list[tu
         try:
             asked = pickle.load(stream)
             if asked is None:
-                answer = {link: way.totals() for link, way in ways.items()}
+                answer = {
+                    link: {**way.totals(), "mean_bytes_per_s": way.link.rate.mean_bytes_per_s}
+                    for link, way in ways.items()
+                }
             else:
                 _, links = asked
                 for link in links.values():

@@ -103,8 +103,8 @@ def piece_bytes(link: Link) -> float:
     return link.rate.mean_bytes_per_s * _PIECE_S
 
 
-def route(pid: int, address: str, device: str, source: str) -> None:
-    """What a host sends to an address goes into a device.
+def route(pid: int, address: str, device: str, source: str, by_way_of: str | None = None) -> None:
+    """What a host sends to an address goes into a device, to the address of who forwards it.
 
     With TCP's usual congestion control, whatever the machine's own is: a namespace may not choose for itself what the
     machine does not, but a route may.
@@ -112,6 +112,8 @@ def route(pid: int, address: str, device: str, source: str) -> None:
     with network(pid) as ns:
         [index] = ns.link_lookup(ifname=device)
         said = {"dst": f"{address}/32", "oif": index, "prefsrc": source, "scope": "link"}
+        if by_way_of is not None:
+            said |= {"gateway": by_way_of, "scope": "universe", "flags": ["onlink"]}
         try:
             ns.route("replace", **said, metrics={"cc_algo": "cubic"})
         except NetlinkError:  # a kernel without it
