@@ -26,7 +26,8 @@ def hosts_and_links(path: Path, seed: int | None = None) -> tuple[list[str], dic
     cannot have.
     """
     data = read_yaml(path)
-    spec, seeds = None, (1,)
+    spec: TestbedSpec | str | None = None
+    seeds: tuple[int, ...] = (1,)
     if isinstance(data, dict) and not {"testbed", "workload"}.isdisjoint(data):
         experiment = ExperimentSpec.of(data, path.parent, where=path)
         spec, seeds = experiment.testbed, experiment.seeds

@@ -21,8 +21,9 @@ import typer
 from isthmus.experiments import present
 from isthmus.experiments.execute import Experiment
 from isthmus.experiments.lab import hosts_and_links, in_lab
-from isthmus.real.lab import HEAD, LABS, Lab, names, up
+from isthmus.real.lab import HEAD, LABS, Lab, MadeBy, names
 from isthmus.real.lab_ray import cluster, environment, start_ray
+from isthmus.real.lab_up import up
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.units import show_bytes, show_rate
 
@@ -33,7 +34,7 @@ Cpu = Annotated[
     list[str] | None, typer.Option("--cpu", help="NODE=SHARE: processors that a host may keep busy, such as edge=0.5.")
 ]
 Shaper = Annotated[
-    str | None, typer.Option(help="What makes links: tc or relay.", show_default="tc where the kernel has netem")
+    MadeBy | None, typer.Option(help="What makes links: tc or relay.", show_default="tc where the kernel has netem")
 ]
 Name = Annotated[str | None, typer.Option("--name", help="Of the lab.", show_default="the only one")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -51,9 +52,7 @@ def _shares(said: list[str] | None) -> dict[str, float]:
     return shares
 
 
-def _up(name: str, file: Path, cpu: list[str] | None, shaper: str | None, seed: int | None = None) -> Lab:
-    if shaper not in (None, "tc", "relay"):
-        raise InputError(f"{shaper!r}", where="--shaper", allowed="tc, relay")
+def _up(name: str, file: Path, cpu: list[str] | None, shaper: MadeBy | None, seed: int | None = None) -> Lab:
     nodes, links = hosts_and_links(file, seed)
     return up(name, nodes, links, cpu=_shares(cpu), shaper=shaper)
 

@@ -1,4 +1,4 @@
-"""The carrier of a lab: one process that makes its links behave, over time. `python -m isthmus.real.relay FOLDER`.
+"""What makes the links of a lab behave over time: a relay of packets, or the kernel, told when rates change.
 
 Knows links, devices and the clock; no node, no Ray and no experiment. Each direction of a link is a `Way`, of one of
 two kinds: a `TunWay` takes packets from a TUN device in one host and hands them, in time, to one in the other; a
@@ -21,33 +21,20 @@ counted one by one), so the cost in CPU grows with the time that a link is busy,
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import json
-import logging
 import math
 import os
-import pickle
-import select
-import signal
-import socket
 import struct
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from isthmus.real.shaping import Shaped, in_namespace
-from isthmus.workloads.errors import InputError, IsthmusError, RunFailure
 from isthmus.workloads.links import Link
 from isthmus.workloads.random import Uniforms
-from isthmus.workloads.routing import LinkId
 from isthmus.workloads.transmitter import Transmitter
 
-SOCKET = "relay.sock"
 _READ_BYTES = 2**16 + 64
 _BURST = 32  # packets that are read from one device before the others have their turn
 
@@ -79,6 +66,8 @@ def queue_bytes(link: Link) -> float:
 
 def wire_bytes(packet: bytes) -> int:
     """The bytes of IP that a read stands for, headers included: those of each packet that TSO makes of it."""
+    transport: int
+    segment: int
     _, kind, _, segment, transport, _ = _HEADER.unpack_from(packet)
     size = len(packet) - _HEADER.size
     if not kind or not segment:
@@ -208,118 +197,3 @@ def open_tun(pid: int, device: str) -> int:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", device.encode(), _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR))
     return fd
-
-
-def carry(ways: Mapping[LinkId, Way], listener: socket.socket) -> None:
-    """Until the process is ended."""
-    clock = time.monotonic
-    sources = {way.source: way for way in ways.values() if isinstance(way, TunWay)}
-    watched = [listener.fileno(), *sources]
-    coming: list[tuple[float, dict[LinkId, Link]]] = []
-    while True:
-        now_s = clock()
-        while coming and coming[0][0] <= now_s:
-            epoch_s, links = coming.pop(0)
-            for link, described in links.items():
-                ways[link].play(described, epoch_s, now_s)
-        due_s = coming[0][0] if coming else math.inf
-        for way in ways.values():
-            due_s = min(due_s, way.work(now_s))
-        # Not epoll, whose time-outs are whole milliseconds.
-        wait_s = None if due_s == math.inf else min(max(due_s - clock(), 0.0), 3600.0)
-        for fd in select.select(watched, (), (), wait_s)[0]:
-            if fd in sources:
-                sources[fd].read(clock)
-            else:
-                _answer(listener, ways, coming)
-
-
-def _answer(listener: socket.socket, ways: Mapping[LinkId, Way], coming: list[tuple[float, dict[LinkId, Link]]]) -> None:
-    """One question of a client: what to play, or (None) what was carried. Packets wait meanwhile: it is short."""
-    with listener.accept()[0] as client, client.makefile("rwb") as stream, suppress(OSError):
-        client.settimeout(5)
-        answer: Any = None
-        try:
-            asked = pickle.load(stream)
-            if asked is None:
-                answer = {
-                    link: {**way.totals(), "mean_bytes_per_s": way.link.rate.mean_bytes_per_s}
-                    for link, way in ways.items()
-                }
-            else:
-                _, links = asked
-                for link in links.values():
-                    check(link, ways)
-                # What was to come is replaced by what is asked for now.
-                coming[:] = [asked]
-        except IsthmusError as error:
-            answer = error
-        except Exception as error:
-            answer = RunFailure(f"the relay of the lab: {error!r}")
-        pickle.dump(answer, stream)
-        stream.flush()
-
-
-def check(link: Link, known: Mapping[LinkId, object]) -> None:
-    """InputError when a link is none of the lab's, or is what a lab cannot make."""
-    where = f"link {link.id[0]}>{link.id[1]}"
-    if link.id not in known:
-        raise InputError("is not in this lab", where=where, allowed=", ".join(f"{a}>{b}" for a, b in known))
-    if link.medium is not None:
-        raise InputError("is on a medium, which the lab does not have so far", where=where, allowed="a `rate`")
-
-
-def ask(folder: Path, question: Any) -> Any:
-    """What the relay of a lab answers. RunFailure when there is none."""
-    try:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(30)
-            client.connect(str(folder / SOCKET))
-            with client.makefile("rwb") as stream:
-                pickle.dump(question, stream)
-                stream.flush()
-                answer = pickle.load(stream)
-    except (OSError, EOFError) as error:
-        raise RunFailure(f"the lab in {folder} does not answer: {error}") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def main(folder: Path) -> None:
-    """Make the links of the lab in a folder, then carry them. Says so on standard output when it can begin."""
-    described = json.loads((folder / "lab.json").read_text())
-    links: dict[LinkId, Link] = pickle.load(sys.stdin.buffer)
-    pids = {host["name"]: host["pid"] for host in described["hosts"]}
-    ways: dict[LinkId, Way] = {}
-    for wire in described["wires"]:
-        (a, b), device = wire["between"], wire["device"]
-        if wire["made_by"] == "tc":
-            ways[a, b] = TcWay(links[a, b], Shaped(pids[a], device))
-            ways[b, a] = TcWay(links[b, a], Shaped(pids[b], device))
-        else:
-            mine, other = open_tun(pids[a], device), open_tun(pids[b], device)
-            ways[a, b], ways[b, a] = TunWay(links[a, b], mine, other), TunWay(links[b, a], other, mine)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(folder / SOCKET))
-        os.chmod(folder / SOCKET, 0o600)
-        listener.listen()
-        _hurry()
-        print("ready", flush=True)  # noqa: T201
-        carry(ways, listener)
-
-
-def _hurry() -> None:
-    """Before all that computes: it wakes up often, for microseconds."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    except OSError:  # a container may forbid it
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, 0, -20)
-    ctypes.CDLL(None).prctl(29, 1, 0, 0, 0)  # PR_SET_TIMERSLACK: 1 ns
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever uses the lab; it ends the relay in the end
-    logging.disable()
-    main(Path(sys.argv[1]))

@@ -10,14 +10,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Literal
 
 from pyroute2 import IPRoute, NetlinkError, netns
 
+from isthmus.real.lab import MadeBy
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.links import Link
-
-MadeBy = Literal["tc", "relay"]
 
 MTU = 1500
 _STILL_BYTES_PER_S = 16.0
