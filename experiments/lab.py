@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from isthmus.experiments.execute import Experiment
 from isthmus.real.lab import HEAD, Lab
@@ -17,6 +19,8 @@ from isthmus.workloads.links import Link
 from isthmus.workloads.nodes import NodeSpec
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import TestbedSpec, realise_links
+
+Spec = TypeVar("Spec", bound=BaseModel)
 
 
 def hosts_and_links(path: Path, seed: int | None = None) -> tuple[list[str], dict[LinkId, Link]]:
@@ -68,8 +72,10 @@ def in_lab(experiment: Experiment, lab: Lab, cluster: ClusterSpec) -> Experiment
     faults = tuple(
         fault.model_copy(update=place) for fault in spec.faults for place in places(fault, testbed.members, linked)
     )
-    fields: Mapping[str, object] = {**dict(testbed), "nodes": nodes, "links": links, "cluster": cluster}
-    changed = ExperimentSpec.model_validate(
-        {**dict(spec), "testbed": TestbedSpec.model_validate(fields), "workload": workload, "faults": faults}
-    )
-    return replace(experiment, spec=changed)
+    there = _changed(testbed, nodes=nodes, links=links, cluster=cluster)
+    return replace(experiment, spec=_changed(spec, testbed=there, workload=workload, faults=faults))
+
+
+def _changed(spec: Spec, **fields: object) -> Spec:
+    """The same with other fields, checked anew, without what it has worked out of the old ones."""
+    return type(spec).model_validate({**{name: getattr(spec, name) for name in type(spec).model_fields}, **fields})
