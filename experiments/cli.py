@@ -218,15 +218,16 @@ def _sizes(text: str | None) -> list[int]:
 def calibrate(
     file: File,
     quick: Annotated[bool, typer.Option(help="Profile in seconds, at about twice the error.")] = False,
-    keep_profiles: Annotated[bool, typer.Option(help="Only the pilot and the overheads, half a minute.")] = False,
+    keep_profiles: Annotated[bool, typer.Option(help="All but the profiles, a minute or less.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on where a calibration was broken off.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure on this machine all that simulating an experiment needs: profiles, codecs, decisions, releases."""
+    """Measure all that simulating an experiment needs: profiles on every machine, links between them, overheads."""
     from isthmus.experiments.calibrating import calibrate as measure
 
     experiment = _load(file, None, None)
     with _progress("calibrating", as_json) as move:
-        written = measure(experiment, quick=quick, keep_profiles=keep_profiles, progress=move)
+        written = measure(experiment, quick=quick, keep_profiles=keep_profiles, resume=resume, progress=move)
     overheads = experiment.testbed.overheads
     if as_json:
         emit({"files": [str(p) for p in written], "overheads": overheads.model_dump()})
