@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 
 import isthmus
-from isthmus.experiments import catalogue, execute, present, tables
+from isthmus.experiments import catalogue, execute, lab_cli, present, tables
 from isthmus.experiments.compare import Comparison
 from isthmus.experiments.execute import Experiment
 from isthmus.experiments.present import messages
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Figures that anyone can measure again.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(lab_cli.app, name="lab")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
 File = Annotated[Path, typer.Argument(help="An experiment file (YAML).", show_default=False)]
@@ -106,6 +107,7 @@ def _load(file: Path, policies: list[str] | None, seeds: list[int] | None, reque
             source["requests"] = requests
     changed = replace(experiment, spec=ExperimentSpec.of(fields, experiment.folder, where=file))
     changed.check_policies()  # before anything is measured
+    changed = lab_cli.as_in_this_lab(changed)
     for model in changed.build_testbed(need_profiles=False).models.values():
         if len(model.cuts) == 2:
             said = f"note: model {model.name!r} has no cut: nowhere does one tensor cross alone, so it runs whole"
