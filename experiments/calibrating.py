@@ -10,7 +10,7 @@ from isthmus.workloads.documents import write_text
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.profile import Profile
 from isthmus.workloads.progress import Progress
-from isthmus.workloads.testbed import Testbed, TestbedSpec, profile_path
+from isthmus.workloads.testbed import TestbedSpec, profile_path
 
 
 def _check_ours(path: Path) -> None:
@@ -37,7 +37,7 @@ def calibrate(
     quick: bool = False,
     keep_profiles: bool = False,
     resume: bool = False,
-    steady: Callable[[Testbed], None] | None = None,
+    steady: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Measure what simulating the experiment needs, where its nodes are; the files written.
@@ -47,14 +47,14 @@ def calibrate(
     cost is in the profiles; InputError for a model that cannot be batched. `quick` skips the long profile of each
     block. `keep_profiles` does all but the profiles anew, with those that there are, batches and all: a minute that
     makes up for a machine that is not as fast as it was. With `resume` what a calibration that was broken off had
-    finished is kept. `steady` is told the testbed before links are measured: the lab then holds their rates.
+    finished is kept. `steady` is called before links are measured: a lab then holds their rates.
     """
     from isthmus.real.calibrate import measure_links, measure_overheads, measure_profiles, run_pilot
     from isthmus.real.cluster import connect
     from isthmus.real.fleet import placed
 
     store, spec = experiment.store, experiment.testbed_spec
-    bare = experiment.build_testbed(need_profiles=False)
+    bare = experiment.build_testbed(need_profiles=False, as_declared=True)
     machines = {node.label: name for name, node in spec.nodes.items() if node.service is None}
     sources = {source.model: source for source in experiment.spec.sources.values()}
     written: list[Path] = []
@@ -80,7 +80,7 @@ def calibrate(
                 done.add(path.name)
         if any(map(bare.is_physical, bare.links)) and "links.json" not in done:
             if steady is not None:
-                steady(bare)
+                steady()
             measure_links(ray, bare, progress).save(store)
             done.add("links.json")
             written.append(store / "links.json")

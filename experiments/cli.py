@@ -19,6 +19,7 @@ import isthmus
 from isthmus.experiments import catalogue, cluster_cli, execute, lab_cli, present, tables
 from isthmus.experiments.compare import Comparison
 from isthmus.experiments.execute import Experiment
+from isthmus.experiments.lab import as_here, ground_here
 from isthmus.experiments.present import emit, messages
 from isthmus.experiments.run_folder import Run
 from isthmus.workloads.errors import InputError, IsthmusError
@@ -100,8 +101,8 @@ def _load(file: Path, policies: list[str] | None, seeds: list[int] | None, reque
         for source in fields["workload"]:
             source["requests"] = requests
     changed = replace(experiment, spec=ExperimentSpec.of(fields, experiment.folder, where=file))
+    changed = as_here(changed)
     changed.check_policies()  # before anything is measured
-    changed = lab_cli.as_in_this_lab(changed)
     for model in changed.build_testbed(need_profiles=False).models.values():
         if len(model.cuts) == 2:
             said = f"note: model {model.name!r} has no cut: nowhere does one tensor cross alone, so it runs whole"
@@ -223,7 +224,15 @@ def calibrate(
 
     experiment = _load(file, None, None)
     with _progress("calibrating", as_json) as move:
-        written = measure(experiment, quick=quick, keep_profiles=keep_profiles, resume=resume, progress=move)
+        ground = ground_here(experiment)
+        written = measure(
+            experiment,
+            quick=quick,
+            keep_profiles=keep_profiles,
+            resume=resume,
+            steady=None if ground is None else ground.hold,
+            progress=move,
+        )
     overheads = experiment.testbed.overheads
     if as_json:
         emit({"files": [str(p) for p in written], "overheads": overheads.model_dump()})
@@ -282,7 +291,7 @@ def run(
 
     experiment = _load(file, policy, seed, requests)
     with _progress("running", as_json) as move:
-        made = run_for_real(experiment, out, replace=force, cold=cold, progress=move)
+        made = run_for_real(experiment, out, replace=force, cold=cold, ground=ground_here(experiment), progress=move)
     _show_run(made, trace, as_json)
 
 

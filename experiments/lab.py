@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from isthmus.experiments.execute import Experiment
-from isthmus.real.lab import HEAD, Lab
+from isthmus.real.lab import HEAD, VARIABLE, Lab
 from isthmus.workloads.cluster import ClusterSpec
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError
@@ -17,6 +19,9 @@ from isthmus.workloads.links import Link
 from isthmus.workloads.nodes import NodeSpec
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import TestbedSpec, realise_links
+
+if TYPE_CHECKING:
+    from isthmus.real.lab_ray import LabGround
 
 
 def hosts_and_links(path: Path, seed: int | None = None) -> tuple[list[str], dict[LinkId, Link]]:
@@ -73,3 +78,23 @@ def in_lab(experiment: Experiment, lab: Lab, cluster: ClusterSpec) -> Experiment
         {**dict(spec), "testbed": TestbedSpec.model_validate(fields), "workload": workload, "faults": faults}
     )
     return replace(experiment, spec=changed)
+
+
+def as_here(experiment: Experiment) -> Experiment:
+    """The experiment as it is run where this process is: in a lab as there, elsewhere as it is."""
+    if VARIABLE not in os.environ:
+        return experiment
+    from isthmus.real.lab_ray import cluster
+
+    lab = Lab.find()
+    return experiment if lab is None else in_lab(experiment, lab, cluster(lab))
+
+
+def ground_here(experiment: Experiment) -> LabGround | None:
+    """The hand that a run has on its links and machines, where this process is in a lab."""
+    if VARIABLE not in os.environ:
+        return None
+    from isthmus.real.lab_ray import LabGround
+
+    lab = Lab.find()
+    return None if lab is None else LabGround(lab, experiment.build_testbed(need_profiles=False, as_declared=True))

@@ -173,11 +173,13 @@ class Testbed:
         need_profiles: bool = True,
         only_models: frozenset[str] | None = None,
         seed: int = 1,
+        as_declared: bool = False,
     ) -> Testbed:
         """From a description. `folder` is what its relative paths start from; `seed` is that of rates that are drawn.
 
         Without `need_profiles` nodes that take a measured profile get no service times: calibration starts so.
-        `only_models` leaves the others out, so that a testbed of many models asks for the profiles it needs.
+        `only_models` leaves the others out, so that a testbed of many models asks for the profiles it needs. Links are
+        as they were measured, where they were, unless `as_declared`.
         """
         models = {}
         for name, source in spec.models.items():
@@ -191,7 +193,7 @@ class Testbed:
         for name, s in spec.nodes.items():
             nodes |= {node.name: node for node in s.realise(spec.members(name), folder)}
         kept = LinkCosts.find(folder / spec.profiles).by_link
-        costs = {link: cost for link, cost in kept.items() if spec.is_physical(link)}
+        costs = {link: cost for link, cost in kept.items() if spec.is_physical(link) and not as_declared}
         unknown_rate = None if need_profiles else _ANY
         links = realise_links(spec, folder=folder, where=where, seed=seed, measured=costs, unknown_rate=unknown_rate)
         services: dict[tuple[str, str], Service] = {}
