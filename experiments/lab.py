@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel
 
 from isthmus.experiments.execute import Experiment
-from isthmus.real.lab import HEAD, Lab
+from isthmus.real.lab import HEAD, VARIABLE, Lab
 from isthmus.workloads.cluster import ClusterSpec
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError
@@ -19,6 +20,9 @@ from isthmus.workloads.links import Link
 from isthmus.workloads.nodes import NodeSpec
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import TestbedSpec, realise_links
+
+if TYPE_CHECKING:
+    from isthmus.real.lab_ray import LabGround
 
 Spec = TypeVar("Spec", bound=BaseModel)
 
@@ -79,3 +83,23 @@ def in_lab(experiment: Experiment, lab: Lab, cluster: ClusterSpec) -> Experiment
 def _changed(spec: Spec, **fields: object) -> Spec:
     """The same with other fields, checked anew, without what it has worked out of the old ones."""
     return type(spec).model_validate({**{name: getattr(spec, name) for name in type(spec).model_fields}, **fields})
+
+
+def as_here(experiment: Experiment) -> Experiment:
+    """The experiment as it is run where this process is: in a lab as there, elsewhere as it is."""
+    if VARIABLE not in os.environ:
+        return experiment
+    from isthmus.real.lab_ray import cluster
+
+    lab = Lab.find()
+    return experiment if lab is None else in_lab(experiment, lab, cluster(lab))
+
+
+def ground_here(experiment: Experiment) -> LabGround | None:
+    """The hand that a run has on its links and machines, where this process is in a lab."""
+    if VARIABLE not in os.environ:
+        return None
+    from isthmus.real.lab_ray import LabGround
+
+    lab = Lab.find()
+    return None if lab is None else LabGround(lab, experiment.build_testbed(need_profiles=False, as_declared=True))

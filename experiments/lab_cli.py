@@ -19,10 +19,9 @@ from typing import Annotated, Any
 import typer
 
 from isthmus.experiments import present
-from isthmus.experiments.execute import Experiment
-from isthmus.experiments.lab import hosts_and_links, in_lab
+from isthmus.experiments.lab import hosts_and_links
 from isthmus.real.lab import HEAD, LABS, Lab, MadeBy, names
-from isthmus.real.lab_ray import cluster, environment, start_ray
+from isthmus.real.lab_ray import environment, start_ray
 from isthmus.real.lab_up import up
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.units import show_bytes, show_rate
@@ -167,11 +166,9 @@ def status(name: Annotated[str | None, typer.Argument(show_default="all")] = Non
 
 
 def _show(labs: list[Lab], as_json: bool) -> None:
-    from isthmus.experiments.cli import emit
-
     rows = [_described(lab) for lab in labs]
     if as_json:
-        emit(rows)
+        present.emit(rows)
         return
     for row in rows:
         present.table(
@@ -188,12 +185,6 @@ def _show(labs: list[Lab], as_json: bool) -> None:
         )  # fmt: skip
     if not rows:
         present.console.print("No lab is up.")
-
-
-def as_in_this_lab(experiment: Experiment) -> Experiment:
-    """The experiment as it is run in the lab that this process is in; itself where it is in none."""
-    lab = Lab.find()
-    return experiment if lab is None else in_lab(experiment, lab, cluster(lab))
 
 
 def _described(lab: Lab) -> dict[str, Any]:

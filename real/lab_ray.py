@@ -12,6 +12,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -103,6 +104,11 @@ class LabGround:
 
     lab: Lab
     testbed: Testbed
+    """As it is declared, not as its links were measured."""
+
+    def hold(self) -> None:
+        """Every link at its mean rate, until something begins."""
+        self.lab.play(time.monotonic(), self.testbed.nominal.links)
 
     def begin(self, epoch: float, seed: int, faults: Sequence[Fault]) -> None:
         """Rates as this seed draws them, with their outages, from this reading of the monotonic clock on."""
