@@ -86,11 +86,18 @@ def up_(
 
 
 @app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def run(context: typer.Context, file: File, cpu: Cpu = None, shaper: Shaper = None) -> None:
+def run(
+    context: typer.Context,
+    file: File,
+    cpu: Cpu = None,
+    shaper: Shaper = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Before, measure the hosts and their links.")] = False,
+) -> None:
     """Build a lab, run the experiment in it, take it down. Other options are those of `isthmus run`."""
     with _taken_down(lambda: _up(f"{file.stem}-{os.getpid()}", file, cpu, shaper)) as lab:
         start_ray(lab)
-        code = _call(lab, HEAD, [*_ISTHMUS, "run", str(file), *context.args])
+        code = _call(lab, HEAD, [*_ISTHMUS, "calibrate", str(file)]) if calibrate else 0
+        code = code or _call(lab, HEAD, [*_ISTHMUS, "run", str(file), *context.args])
     raise typer.Exit(code)
 
 
@@ -101,7 +108,11 @@ _ISTHMUS = (sys.executable, "-c", "from isthmus.experiments.cli import main; mai
 def _taken_down(make: Any) -> Iterator[Lab]:
     """A lab that is taken down in the end, also after Ctrl-C and when this process is asked to end."""
 
+    here = os.getpid()
+
     def end(number: int, _: object) -> None:
+        if os.getpid() != here:  # a fork of a library's: the lab is not its to take down
+            os._exit(128 + number)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)
