@@ -327,6 +327,30 @@ def compare(
     _show_comparison(comparison, as_json, report)
 
 
+@app.command()
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="Experiment files (YAML).", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where to write; a folder per experiment in it.")] = Path("runs/validation"),
+    repeat: Annotated[bool, typer.Option(help="Run a second time: how far can two real runs be apart?")] = True,
+    keep_profiles: Annotated[bool, typer.Option(help="Calibrate all but the profiles anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Calibrate, simulate and run experiments, twice, and lay the runs side by side: the whole job in one."""
+    from isthmus.experiments.compare import merge
+    from isthmus.experiments.report import write_report
+    from isthmus.experiments.validate import validate as measure
+
+    experiments = {file.stem: _load(file, None, None) for file in files}
+    with _progress("validate", as_json) as move:
+        found = [
+            measure(it, out / name, name=name, repeat=repeat, keep_profiles=keep_profiles, progress=move)
+            for name, it in experiments.items()
+        ]
+    path = out / "report.html"
+    write_report(path, [merge(found)], title="Isthmus: validation")
+    _show_comparison(merge(found), as_json, path)
+
+
 def _show_comparison(comparison: Comparison, as_json: bool, report: Path | None) -> None:
     if as_json:
         emit(comparison.to_json() | ({} if report is None else {"report": str(report)}))

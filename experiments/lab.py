@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -23,8 +23,6 @@ from isthmus.workloads.testbed import TestbedSpec, realise_links
 
 if TYPE_CHECKING:
     from isthmus.real.lab_ray import LabGround
-
-Spec = TypeVar("Spec", bound=BaseModel)
 
 
 def hosts_and_links(path: Path, seed: int | None = None) -> tuple[list[str], dict[LinkId, Link]]:
@@ -76,13 +74,16 @@ def in_lab(experiment: Experiment, lab: Lab, cluster: ClusterSpec) -> Experiment
     faults = tuple(
         fault.model_copy(update=place) for fault in spec.faults for place in places(fault, testbed.members, linked)
     )
-    there = _changed(testbed, nodes=nodes, links=links, cluster=cluster)
-    return replace(experiment, spec=_changed(spec, testbed=there, workload=workload, faults=faults))
+    fields = {**_said(testbed), "nodes": nodes, "links": links, "cluster": cluster}
+    changed = ExperimentSpec.model_validate(
+        {**_said(spec), "testbed": TestbedSpec.model_validate(fields), "workload": workload, "faults": faults}
+    )
+    return replace(experiment, spec=changed)
 
 
-def _changed(spec: Spec, **fields: object) -> Spec:
-    """The same with other fields, checked anew, without what it has worked out of the old ones."""
-    return type(spec).model_validate({**{name: getattr(spec, name) for name in type(spec).model_fields}, **fields})
+def _said(spec: BaseModel) -> dict[str, object]:
+    """Its fields, without what was found out from them."""
+    return {name: getattr(spec, name) for name in type(spec).model_fields}
 
 
 def as_here(experiment: Experiment) -> Experiment:
