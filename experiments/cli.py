@@ -5,22 +5,21 @@ Exit codes: 0 done, 1 the run failed, 2 the input is wrong. Results go to standa
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 import isthmus
-from isthmus.experiments import catalogue, execute, present, tables
+from isthmus.experiments import catalogue, cluster_cli, execute, present, tables
 from isthmus.experiments.compare import Comparison
 from isthmus.experiments.execute import Experiment
-from isthmus.experiments.present import messages
+from isthmus.experiments.present import emit, messages
 from isthmus.experiments.run_folder import Run
 from isthmus.workloads.errors import InputError, IsthmusError
 from isthmus.workloads.experiment import ExperimentSpec
@@ -34,6 +33,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Figures that anyone can measure again.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(cluster_cli.app, name="cluster")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
 File = Annotated[Path, typer.Argument(help="An experiment file (YAML).", show_default=False)]
@@ -80,12 +80,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         print(isthmus.__version__)  # noqa: T201
         raise typer.Exit
-
-
-def emit(data: Any) -> None:
-    """JSON on standard output."""
-    json.dump(data, sys.stdout, indent=1, allow_nan=False, default=str)
-    sys.stdout.write("\n")
 
 
 @contextmanager

@@ -123,7 +123,8 @@ class TestbedSpec(_Spec):
         """As it reads in `folder`, when its own folder is `way` from there: profiles, traces, and models in files."""
         models = {n: str(way / m) if (folder / way / m).is_file() else m for n, m in self.models.items()}
         spec = self.with_traces(lambda file: str(way / file))
-        return spec.model_copy(update={"models": models, "profiles": str(way / self.profiles)})
+        cluster = None if self.cluster is None else self.cluster.moved(way)
+        return spec.model_copy(update={"models": models, "profiles": str(way / self.profiles), "cluster": cluster})
 
 
 @dataclass(frozen=True)
