@@ -26,7 +26,6 @@ from isthmus.policies.contract import Policy, View, is_oracle
 from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
 from isthmus.policies.plan import Compiled, Plan
 from isthmus.policies.records import Kind, Record, Span
-from isthmus.sim.affliction import Losses, afflicted, check_place
 from isthmus.sim.arrivals import Arrivals
 from isthmus.sim.cell_link import CellLink
 from isthmus.sim.clock import Clock, few_collections
@@ -36,6 +35,7 @@ from isthmus.sim.node import NodeTotals, Place
 from isthmus.sim.nodes import make_node
 from isthmus.sim.token import Token
 from isthmus.sim.wiring import Leg, Wired, Wiring
+from isthmus.workloads.affliction import Losses, afflicted, check_place
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.faults import Fault, LinkFault, LostMessages, NodeFault, merged
 from isthmus.workloads.requests import ClosedLoop, Request
@@ -434,8 +434,10 @@ class _Simulation:
         if self._mortal:
             token.ends = leg.nodes[hop].life, leg.nodes[hop + 1].life
             token.left_s = math.inf if left_s is None else left_s
-        if self._losses is not None and self._losses.takes(token, now):
-            leg.links[hop].lose(token)
+        if self._losses is not None:
+            start, link = token.start, leg.links[hop]
+            if self._losses.takes(link.place, start.request, start.attempt, leg.load, now):
+                link.lose(token)
         if left_s is not None and token.home.estimates:
             self._tell_sent(token, left_s)
 

@@ -19,7 +19,7 @@ from isthmus.policies.neurosurgeon import Neurosurgeon
 from isthmus.policies.plan import whole_on
 from isthmus.policies.records import Kind, Outcome, Record
 from isthmus.policies.static import Fixed, Local, Random, Remote
-from isthmus.sim.affliction import as_rate
+from isthmus.workloads.affliction import as_rate
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.experiment import ExperimentSpec
 from isthmus.workloads.faults import (

@@ -1,4 +1,4 @@
-"""What faults do to the physics of a run. Knows testbeds and faults; when nodes and links go is the simulator's.
+"""What faults do to the physics of a run. Knows testbeds and faults; when nodes and links go is the shells' to say.
 
 Faults are known before a run begins, so an outage of a link is a rate of 0 for a while, and a straggler is a speed:
 what is on the way feels them exactly, without an event.
@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from isthmus.sim.token import Token
 from isthmus.workloads.errors import InputError, unknown
 from isthmus.workloads.faults import Fault, LinkFault, LostMessages, SlowNode, factor
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.rate import Rate
+from isthmus.workloads.requests import Request
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import Testbed
 
@@ -68,13 +68,11 @@ class Losses:
                 for a, b in (fault.link, fault.link[::-1]):
                     self._by_place.setdefault(f"{a}>{b}", []).append(while_s)
 
-    def takes(self, token: Token, now_s: float) -> bool:
-        """Whether a message that enters a link now is lost there."""
-        place = token.leg.links[token.hop].place
+    def takes(self, place: str, request: Request, attempt: int, load: int, now_s: float) -> bool:
+        """Whether a message that enters a link now, as the first hop of that `load` of its plan, is lost there."""
         survives = math.prod(1 - lose for start, end, lose in self._by_place.get(place, ()) if start <= now_s < end)
         if survives == 1:
             return False
-        request, attempt = token.start.request, token.start.attempt
         key = place, request.source
         noise = self._noise.setdefault(key, Uniforms(self._seed, "loss", *key))
-        return noise[(request.number * 8 + attempt) * 64 + token.leg.load % 64] >= survives
+        return noise[(request.number * 8 + attempt) * 64 + load % 64] >= survives
