@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from isthmus.real.clocks import Reading, reading
 from isthmus.real.power import meters, unreadable
 from isthmus.real.pressure import cores, stalled_share
 
-_PACKAGES = ("ray", "onnxruntime", "numpy", "psutil")
 _RAY_SETS = re.compile(
     r"RAY_(CLIENT_MODE|RAYLET_PID|LD_PRELOAD_ON_WORKERS|JOB_ID|USAGE_STATS_\w+|ACCEL_ENV_VAR_\w+|AUTH_\w+|USE_TLS|TLS_\w+"
     r"|HEAD_IP|NODE_\w+|WORKER_\w+|SESSION_\w+|RAYLET_\w+|max_direct_call_object_size|task_rpc_inlined_bytes_limit)"
@@ -43,7 +42,9 @@ class Facts:
     name: str
     python: str
     packages: dict[str, str | None]
-    """Versions, of `isthmus` too; None for what is not installed."""
+    """Versions, of `isthmus` too; None for what cannot be imported."""
+    missing: str
+    """Why `isthmus` cannot be imported."""
     code: str
     """A digest of the code of Isthmus that both ends of a call must share."""
     machine: str
@@ -80,6 +81,11 @@ class Inspector:
     def facts(self, temp: str) -> dict[str, Any]:
         return facts(temp)
 
+    def has(self, files: dict[str, str]) -> list[str]:
+        """Which of these models in files, and their hashes, are there."""
+        read = importlib.import_module("isthmus.workloads.onnx_file").read
+        return [file for file, sha256 in files.items() if Path(file).is_file() and read(Path(file))[1] == sha256]
+
     def clock(self) -> Reading:
         return reading()
 
@@ -88,11 +94,12 @@ def facts(temp: str) -> dict[str, Any]:
     """The fields of `Facts`, as plain data. `temp` is the folder in which Ray keeps its files."""
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(_existing(Path(temp)))
     token = os.environ.get("RAY_AUTH_TOKEN_PATH") or str(Path.home() / ".ray" / "auth_token")
-    isthmus, code = _isthmus()
+    isthmus, code, missing = _isthmus()
     return {
         "name": socket.gethostname(),
         "python": platform.python_version(),
-        "packages": {"isthmus": isthmus} | {name: _version(name) for name in _PACKAGES},
+        "packages": {"isthmus": isthmus} | {name: _version(name) for name in ("ray", "onnxruntime", "onnx")},
+        "missing": missing,
         "code": code,
         "machine": platform.machine(),
         "cpu": processor(),
@@ -147,22 +154,21 @@ def _existing(folder: Path) -> Path:
     return next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
 
 
-def _version(package: str) -> str | None:
-    with suppress(PackageNotFoundError):
-        return version(package)
-    return None
+def _version(module: str) -> str | None:
+    """Of what brings a module: for ONNX Runtime one of several packages."""
+    return next((version(package) for package in packages_distributions().get(module, ())), None)
 
 
-def _isthmus() -> tuple[str | None, str]:
-    """Its version, and a digest of what actors and drivers exchange objects of."""
+def _isthmus() -> tuple[str | None, str, str]:
+    """Its version, a digest of what actors and drivers exchange objects of, and why there is none."""
     try:
         package = importlib.import_module("isthmus")
-    except ImportError:
-        return None, ""
+    except ImportError as error:
+        return None, "", str(error)
     digest, root = hashlib.sha256(), Path(str(package.__file__)).parent
     for file in sorted(path for room in ("workloads", "policies", "real") for path in (root / room).glob("*.py")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return str(package.__version__), digest.hexdigest()[:12]
+    return str(package.__version__), digest.hexdigest()[:12], ""
 
 
 def _governors() -> Iterator[str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from isthmus.real.cluster import tls_settings
 from isthmus.workloads.cluster import HEAD, ClusterSpec, host_files, resource
 from isthmus.workloads.errors import InputError
 
@@ -26,6 +27,8 @@ HOME = "$HOME/.isthmus"
 """On each machine of the cluster: a virtual environment, the token, the certificates."""
 PORTS = {"node-manager-port": 6380, "object-manager-port": 6381, "min-worker-port": 10002, "max-worker-port": 10999}
 """Fixed, so that a firewall can let them through; that of the head is the testbed's."""
+_INLINE_BYTES = 10_000_000
+"""Messages up to this size travel inside the call; larger ones are fetched by the receiver, which is a round trip."""
 _PINNED = ("ray", "onnxruntime")
 _HEADER = """\
 # Written by `isthmus cluster file` for Ray's launcher: `ray up {file}` starts the cluster, `ray down {file}` stops it.
@@ -61,17 +64,16 @@ def launcher(spec: ClusterSpec, folder: Path, *, name: str, wheel: Path | None =
     auth: dict[str, str] = {"ssh_user": users.pop()}
     if spec.key is not None:
         auth["ssh_private_key"] = str(_there(folder / Path(spec.key).expanduser(), "cluster.key"))
+    head_start = f"--head --port={port} --include-dashboard=false --autoscaling-config=~/ray_bootstrap_config.yaml"
     return {
         "cluster_name": "isthmus-" + re.sub(r"[^A-Za-z0-9-]+", "-", name),
         "provider": {"type": "local", "head_ip": head, "worker_ips": [a for a in addresses if a != head]},
         "auth": auth,
         "file_mounts": _files(spec, folder, wheel),
         "setup_commands": _setup(wheel),
-        "head_start_ray_commands": [
-            _start(spec, f"--head --port={port} --include-dashboard=false --autoscaling-config=~/ray_bootstrap_config.yaml")
-        ],
+        "head_start_ray_commands": [_start(spec, head_start)],
         "worker_start_ray_commands": [_start(spec, f"--address={spec.address}")],
-    }  # fmt: skip
+    }
 
 
 def join_command(spec: ClusterSpec, host: str) -> str:
@@ -150,16 +152,13 @@ def _options(host: str, address: str) -> list[str]:
 
 def _settings(spec: ClusterSpec, host: str) -> Mapping[str, str]:
     """The environment of Ray on a host, for a shell."""
-    said = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{HOME}/token", "RAY_USAGE_STATS_ENABLED": "0"}
-    if spec.certificates is not None:
-        keys = host_files(Path(f"{HOME}/certificates"), host)
-        said |= {
-            "RAY_USE_TLS": "1",
-            "RAY_TLS_SERVER_CERT": str(keys.certificate),
-            "RAY_TLS_SERVER_KEY": str(keys.key),
-            "RAY_TLS_CA_CERT": str(keys.authority),
-        }
-    return said
+    said = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": f"{HOME}/token",
+        "RAY_max_direct_call_object_size": str(_INLINE_BYTES),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    return said if spec.certificates is None else said | tls_settings(host_files(Path(f"{HOME}/certificates"), host))
 
 
 def _there(path: Path, field: str) -> Path:
