@@ -101,18 +101,15 @@ def launcher(
     as_json: Json = False,
 ) -> None:
     """Write the file with which Ray's launcher starts and stops the cluster: `ray up`, `ray down`."""
-    from isthmus.real.launcher import join_command, launcher_file
+    from isthmus.real.launcher import launcher_file
 
-    testbed, _ = _testbed(file)
-    cluster = cluster_of(file)
-    write_text(out, launcher_file(cluster, file.parent, name=testbed.name, file=out.name, wheel=wheel))
-    here = None if cluster.this_machine in cluster.hosts else join_command(cluster, cluster.this_machine)
+    cluster, name = cluster_of(file), _testbed(file)[0].name
+    write_text(out, launcher_file(cluster, file.parent, name=name, file=out.name, wheel=wheel))
     if as_json:
-        emit({"file": str(out), "start": f"ray up {out}", "stop": f"ray down {out}", "join": here})
-        return
-    console.print(f"[bold]{escape(str(out))}[/]: `ray up {escape(str(out))}` starts the cluster", soft_wrap=True)
-    if here is not None:
-        console.print(f"then let this machine join it: {escape(here)}", soft_wrap=True, highlight=False)
+        emit({"file": str(out)})
+    else:
+        said = f"[bold]{escape(str(out))}[/]: `ray up {escape(str(out))}`, then `isthmus cluster check {escape(str(file))}`"
+        console.print(said, soft_wrap=True, highlight=False)
 
 
 def cluster_of(file: Path) -> ClusterSpec:

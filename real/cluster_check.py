@@ -18,7 +18,7 @@ from typing import Any, Literal
 from isthmus.real.clocks import Offset, offset
 from isthmus.real.cluster import connect, results, start_actor
 from isthmus.real.host_facts import Facts, Inspector, facts
-from isthmus.real.launcher import join_command
+from isthmus.real.launcher import INLINE_BYTES, join_command
 from isthmus.real.pressure import stalled_share
 from isthmus.workloads.cluster import DRIVER, HEAD, ClusterSpec, resource
 from isthmus.workloads.errors import InputError, IsthmusError
@@ -94,14 +94,15 @@ def check(spec: TestbedSpec, folder: Path, models: Sequence[Model] = ()) -> Chec
             for node in nodes:
                 host = Host(_name(node, cluster, mine, here), node["NodeManagerAddress"])
                 try:
-                    hosts.append(_ask(ray, node, host, models))
+                    asked = _ask(ray, node, host, models)
+                    hosts.append(_like(asked, here) if node["NodeID"] == mine else asked)
                 except IsthmusError as error:
                     hosts.append(host)
                     problems.append(Problem(host.name, "error", f"does not answer: {error}", "restart Ray there"))
                 problems += _misplaced(node, host, cluster)
-        asked = True
+        known = True
     except IsthmusError as error:
-        asked, here = False, Facts(**facts("/tmp/ray"))
+        known, here = False, Facts(**facts("/tmp/ray"))
         what, fix = (error.problem, error.allowed) if isinstance(error, InputError) else (str(error), None)
         where = f"{error.where}: " if isinstance(error, InputError) and error.where is not None else ""
         problems.append(Problem(DRIVER, "error", where + what, fix or "docs/cluster.md says how a cluster is started"))
@@ -110,7 +111,7 @@ def check(spec: TestbedSpec, folder: Path, models: Sequence[Model] = ()) -> Chec
         wanted = {node.host for node in spec.nodes.values() if node.host is not None}
         for name in sorted(wanted.union(cluster.hosts) - {host.name for host in hosts}):
             hosts.append(Host(name, cluster.hosts[name].address if name in cluster.hosts else ""))
-            problems += [_absent(cluster, name)] if asked else []
+            problems += [_absent(cluster, name)] if known else []
     hosts = [_at_rest(host, before) for host in hosts]
     for name, count in Counter(host.name for host in hosts).items():
         if count > 1:
@@ -169,8 +170,8 @@ def judge(host: Host, here: Facts, needed_bytes: float, cluster: ClusterSpec | N
     if host.clock is not None and host.clock.error_s > _VAGUE_CLOCK_S:
         vague = f"its clock is known to {host.clock.error_s * 1e3:.1f} ms only: so are times across its links"
         yield note(vague, "a link with a shorter round trip while clocks are compared")
-    if cluster is not None:
-        yield from _token(host.name, there)
+    if cluster is not None and host.clock is not None:
+        yield from _settings(host.name, there)
 
 
 def _versions(name: str, there: Facts, here: Facts) -> Iterator[Problem]:
@@ -206,7 +207,11 @@ def _throttled(name: str, bits: int | None) -> Iterator[Problem]:
         yield Problem(name, "note", f"has been slowed down since it was started by {', '.join(before)}", fix)
 
 
-def _token(name: str, there: Facts) -> Iterator[Problem]:
+def _settings(name: str, there: Facts) -> Iterator[Problem]:
+    """How Ray was started there."""
+    if there.inline_bytes != INLINE_BYTES:
+        what = "fetches large messages instead of being sent them, which takes a round trip more"
+        yield Problem(name, "warning", what, f"start Ray there with RAY_max_direct_call_object_size={INLINE_BYTES}")
     if there.auth_mode != "token":
         yield Problem(name, "warning", "runs Ray without a token", "start it there with RAY_AUTH_MODE=token")
     if there.token_mode is not None and there.token_mode & 0o077:
@@ -263,6 +268,12 @@ def _ask(ray: Any, node: Mapping[str, Any], host: Host, models: Sequence[Model])
         ray.kill(actor)
     ways = {m.name: "by name" if m.source not in files else "there" if m.source in has else "sent" for m in models}
     return replace(host, facts=Facts(**told), clock=clock, models=ways)
+
+
+def _like(host: Host, driver: Facts) -> Host:
+    """The driver's machine has the settings of the driver too."""
+    assert host.facts is not None
+    return replace(host, facts=replace(host.facts, environment={**driver.environment, **host.facts.environment}))
 
 
 def _at_rest(host: Host, stalled: float | None) -> Host:
