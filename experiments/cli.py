@@ -216,9 +216,11 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Measure on this machine all that simulating an experiment needs: profiles, codecs, decisions, releases."""
+    from isthmus.experiments.calibrating import calibrate as measure
+
     experiment = _load(file, None, None)
     with _progress("calibrating", as_json) as move:
-        written = execute.calibrate(experiment, quick=quick, keep_profiles=keep_profiles, progress=move)
+        written = measure(experiment, quick=quick, keep_profiles=keep_profiles, progress=move)
     overheads = experiment.testbed.overheads
     if as_json:
         emit({"files": [str(p) for p in written], "overheads": overheads.model_dump()})
@@ -269,12 +271,15 @@ def run(
     requests: Requests = None,
     trace: Trace = None,
     force: Force = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Load parts when they are first wanted, not before.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run an experiment for real: actors on this machine run the parts, as slowly as the nodes that they emulate."""
+    """Run an experiment for real: nodes with a `host` on that machine, others here, as slowly as what they emulate."""
+    from isthmus.experiments.real_run import run as run_for_real
+
     experiment = _load(file, policy, seed, requests)
     with _progress("running", as_json) as move:
-        made = execute.run(experiment, out, replace=force, progress=move)
+        made = run_for_real(experiment, out, replace=force, cold=cold, progress=move)
     _show_run(made, trace, as_json)
 
 

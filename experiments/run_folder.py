@@ -292,7 +292,7 @@ class Run:
 
     @property
     def world(self) -> str:
-        """`simulated`, `emulated` or `physical`."""
+        """`simulated`, `emulated`, `lab`, `mixed` or `physical`."""
         return str(self.facts["world"])
 
     @property
