@@ -381,6 +381,19 @@ def bench_profile(
     emit(data) if as_json else tables.bench_profile_table(data["rows"])
 
 
+@bench.command("real")
+def bench_real(
+    requests: Annotated[int, typer.Option(min=20, help="Requests of one measurement.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """What real runs add to the parts' own time and raw TCP, and how full a pipeline of three stages runs."""
+    from isthmus.experiments.bench_real import bench_real as measure
+
+    with _progress("bench real", as_json) as move:
+        data = measure(requests=requests, progress=move)
+    emit(data) if as_json else tables.bench_real_table(data)
+
+
 @bench.command("sim")
 def bench_sim(
     requests: Annotated[int, typer.Option(min=1000, help="Requests of one measurement.")] = 100_000,
