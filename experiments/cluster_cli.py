@@ -108,8 +108,8 @@ def launcher(
     if as_json:
         emit({"file": str(out)})
     else:
-        said = f"[bold]{escape(str(out))}[/]: `ray up {escape(str(out))}`, then `isthmus cluster check {escape(str(file))}`"
-        console.print(said, soft_wrap=True, highlight=False)
+        said = f"{out} is written; next: `ray up {out}`, and `isthmus cluster check {file}`"
+        console.print(escape(said), soft_wrap=True, highlight=False)
 
 
 def cluster_of(file: Path) -> ClusterSpec:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from isthmus.real.clocks import Offset, offset
 from isthmus.real.cluster import connect, results, start_actor
 from isthmus.real.host_facts import Facts, Inspector, facts
-from isthmus.real.launcher import INLINE_BYTES, join_command
+from isthmus.real.launcher import join_command
 from isthmus.real.pressure import stalled_share
 from isthmus.workloads.cluster import DRIVER, HEAD, ClusterSpec, resource
 from isthmus.workloads.errors import InputError, IsthmusError
@@ -171,7 +171,7 @@ def judge(host: Host, here: Facts, needed_bytes: float, cluster: ClusterSpec | N
         vague = f"its clock is known to {host.clock.error_s * 1e3:.1f} ms only: so are times across its links"
         yield note(vague, "a link with a shorter round trip while clocks are compared")
     if cluster is not None and host.clock is not None:
-        yield from _settings(host.name, there)
+        yield from _token(host.name, there)
 
 
 def _versions(name: str, there: Facts, here: Facts) -> Iterator[Problem]:
@@ -189,7 +189,7 @@ def _versions(name: str, there: Facts, here: Facts) -> Iterator[Problem]:
     elif there.code != here.code:
         what = f"has isthmus {there.packages['isthmus']} with other code than the driver's ({here.packages['isthmus']})"
         yield Problem(name, "error", what, "install the same wheel on all machines")
-    for package in ("onnxruntime", "onnx"):
+    for package in ("onnxruntime", "onnx", "zmq"):
         if there.packages[package] is None:
             yield Problem(name, "error", f"has no {package}", "`pip install 'isthmus[real]'` there")
         elif there.packages[package] != here.packages[package]:
@@ -207,11 +207,7 @@ def _throttled(name: str, bits: int | None) -> Iterator[Problem]:
         yield Problem(name, "note", f"has been slowed down since it was started by {', '.join(before)}", fix)
 
 
-def _settings(name: str, there: Facts) -> Iterator[Problem]:
-    """How Ray was started there."""
-    if there.inline_bytes != INLINE_BYTES:
-        what = "fetches large messages instead of being sent them, which takes a round trip more"
-        yield Problem(name, "warning", what, f"start Ray there with RAY_max_direct_call_object_size={INLINE_BYTES}")
+def _token(name: str, there: Facts) -> Iterator[Problem]:
     if there.auth_mode != "token":
         yield Problem(name, "warning", "runs Ray without a token", "start it there with RAY_AUTH_MODE=token")
     if there.token_mode is not None and there.token_mode & 0o077:

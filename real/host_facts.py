@@ -30,7 +30,7 @@ from isthmus.real.pressure import cores, stalled_share
 
 _RAY_SETS = re.compile(
     r"RAY_(CLIENT_MODE|RAYLET_PID|LD_PRELOAD_ON_WORKERS|JOB_ID|USAGE_STATS_\w+|ACCEL_ENV_VAR_\w+|AUTH_\w+|USE_TLS|TLS_\w+"
-    r"|HEAD_IP|NODE_\w+|WORKER_\w+|SESSION_\w+|RAYLET_\w+|CLOUD_INSTANCE_ID|enable_autoscaler_v2|max_direct_call_\w+)"
+    r"|HEAD_IP|NODE_\w+|WORKER_\w+|SESSION_\w+|RAYLET_\w+|CLOUD_INSTANCE_ID|enable_autoscaler_v2)"
 )
 """What Ray tells its workers, and what Isthmus sets."""
 
@@ -69,8 +69,6 @@ class Facts:
     token_file: str
     token_mode: int | None
     """Permissions of the token's file; None where there is none."""
-    inline_bytes: int | None
-    """Messages up to that size travel inside a call, as `RAY_max_direct_call_object_size` says."""
     environment: dict[str, str]
     """Variables RAY_… that neither Ray nor Isthmus has set."""
     meters: tuple[str, ...]
@@ -100,7 +98,7 @@ def facts(temp: str) -> dict[str, Any]:
     return {
         "name": socket.gethostname(),
         "python": platform.python_version(),
-        "packages": {"isthmus": isthmus} | {name: _version(name) for name in ("ray", "onnxruntime", "onnx")},
+        "packages": {"isthmus": isthmus} | {name: _version(name) for name in ("ray", "onnxruntime", "onnx", "zmq")},
         "missing": missing,
         "code": code,
         "machine": platform.machine(),
@@ -122,9 +120,6 @@ def facts(temp: str) -> dict[str, Any]:
         "auth_mode": os.environ.get("RAY_AUTH_MODE", ""),
         "token_file": token,
         "token_mode": permissions(Path(token)),
-        "inline_bytes": int(size)
-        if (size := os.environ.get("RAY_max_direct_call_object_size", "")).isdigit()
-        else None,
         "environment": strays(),
         "meters": tuple(f"{meter.kind}: {meter.name}" for meter in meters()),
         "unreadable_meters": tuple(unreadable()),

@@ -27,8 +27,6 @@ HOME = "$HOME/.isthmus"
 """On each machine of the cluster: a virtual environment, the token, the certificates."""
 PORTS = {"node-manager-port": 6380, "object-manager-port": 6381, "min-worker-port": 10002, "max-worker-port": 10999}
 """Fixed, so that a firewall can let them through; that of the head is the testbed's."""
-INLINE_BYTES = 10_000_000
-"""Messages up to this size travel inside the call; larger ones are fetched by the receiver, which is a round trip."""
 _PINNED = ("ray", "onnxruntime")
 _HEADER = """\
 # Written by `isthmus cluster file` for Ray's launcher: `ray up {file}` starts the cluster, `ray down {file}` stops it.
@@ -155,7 +153,6 @@ def _settings(spec: ClusterSpec, host: str) -> Mapping[str, str]:
     said = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": f"{HOME}/token",
-        "RAY_max_direct_call_object_size": str(INLINE_BYTES),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     return said if spec.certificates is None else said | tls_settings(host_files(Path(f"{HOME}/certificates"), host))
