@@ -97,15 +97,17 @@ def _files(spec: ClusterSpec, folder: Path, wheel: Path | None) -> dict[str, str
 def _setup(wheel: Path | None) -> list[str]:
     """Ray, ONNX Runtime and Isthmus in an environment of their own, of the same versions as here."""
     python = f"{HOME}/venv/bin/python"
+    # `ray down` calls `ray` by its name, and takes no notice when there is none.
+    path = f"grep -qs isthmus/venv ~/.bashrc || echo 'PATH=$PATH:{HOME}/venv/bin' >> ~/.bashrc"
     if wheel is None:
-        return [f"{python} -c 'import ray, onnxruntime, isthmus'"]
+        return [f"{python} -c 'import ray, onnxruntime, isthmus'", path]
     pins = " ".join(f"{package}=={found}" for package in _PINNED if (found := _version(package)))
     minor = f"python{sys.version_info.major}.{sys.version_info.minor}"  # Ray wants the same on all machines
     return [
         f"test -x {python} || {minor} -m venv {HOME}/venv",
         f'{python} -m pip install --quiet {pins} "{HOME}/{wheel.name}[real]"',
         f"{python} -m pip install --quiet --no-deps --force-reinstall {HOME}/{wheel.name}",  # of the same version, too
-        f"mkdir -p ~/.local/bin && ln -sf {HOME}/venv/bin/ray ~/.local/bin/ray",  # `ray down` calls it by name
+        path,
     ]
 
 

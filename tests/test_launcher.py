@@ -246,7 +246,6 @@ def test_ray_up_over_ssh(folder):
         (folder / name / "ray").mkdir(parents=True)
         (folder / name / "home" / ".isthmus").mkdir(parents=True)
         (folder / name / "home" / ".isthmus" / "venv").symlink_to(sys.prefix)
-        (folder / name / "home" / ".bashrc").write_text(f"PATH={sys.prefix}/bin:$PATH\n")
     (folder / "token").unlink()
     described = {
         "name": "box",
