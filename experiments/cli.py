@@ -16,9 +16,10 @@ import typer
 from rich.markup import escape
 
 import isthmus
-from isthmus.experiments import catalogue, cluster_cli, execute, present, tables
+from isthmus.experiments import catalogue, cluster_cli, execute, lab_cli, present, tables
 from isthmus.experiments.compare import Comparison
 from isthmus.experiments.execute import Experiment
+from isthmus.experiments.lab import as_here, ground_here
 from isthmus.experiments.present import emit, messages
 from isthmus.experiments.run_folder import Run
 from isthmus.workloads.errors import InputError, IsthmusError
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Figures that anyone can measure again.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(lab_cli.app, name="lab")
 app.add_typer(cluster_cli.app, name="cluster")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
@@ -99,6 +101,7 @@ def _load(file: Path, policies: list[str] | None, seeds: list[int] | None, reque
         for source in fields["workload"]:
             source["requests"] = requests
     changed = replace(experiment, spec=ExperimentSpec.of(fields, experiment.folder, where=file))
+    changed = as_here(changed)
     changed.check_policies()  # before anything is measured
     for model in changed.build_testbed(need_profiles=False).models.values():
         if len(model.cuts) == 2:
@@ -212,15 +215,24 @@ def _sizes(text: str | None) -> list[int]:
 def calibrate(
     file: File,
     quick: Annotated[bool, typer.Option(help="Profile in seconds, at about twice the error.")] = False,
-    keep_profiles: Annotated[bool, typer.Option(help="Only the pilot and the overheads, half a minute.")] = False,
+    keep_profiles: Annotated[bool, typer.Option(help="All but the profiles, a minute or less.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on where a calibration was broken off.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure on this machine all that simulating an experiment needs: profiles, codecs, decisions, releases."""
+    """Measure all that simulating an experiment needs: profiles on every machine, links between them, overheads."""
     from isthmus.experiments.calibrating import calibrate as measure
 
     experiment = _load(file, None, None)
     with _progress("calibrating", as_json) as move:
-        written = measure(experiment, quick=quick, keep_profiles=keep_profiles, progress=move)
+        ground = ground_here(experiment)
+        written = measure(
+            experiment,
+            quick=quick,
+            keep_profiles=keep_profiles,
+            resume=resume,
+            steady=None if ground is None else ground.hold,
+            progress=move,
+        )
     overheads = experiment.testbed.overheads
     if as_json:
         emit({"files": [str(p) for p in written], "overheads": overheads.model_dump()})
@@ -279,7 +291,7 @@ def run(
 
     experiment = _load(file, policy, seed, requests)
     with _progress("running", as_json) as move:
-        made = run_for_real(experiment, out, replace=force, cold=cold, progress=move)
+        made = run_for_real(experiment, out, replace=force, cold=cold, ground=ground_here(experiment), progress=move)
     _show_run(made, trace, as_json)
 
 

@@ -53,10 +53,15 @@ class Experiment:
         """The testbed with its profiles; InputError when one is missing or of another model."""
         return self.build_testbed()
 
-    def build_testbed(self, *, need_profiles: bool = True) -> Testbed:
+    def build_testbed(self, *, need_profiles: bool = True, as_declared: bool = False) -> Testbed:
         used = frozenset(source.model for source in self.spec.workload)
         return Testbed.build(
-            self.testbed_spec, folder=self.folder, where=self.where, need_profiles=need_profiles, only_models=used
+            self.testbed_spec,
+            folder=self.folder,
+            where=self.where,
+            need_profiles=need_profiles,
+            only_models=used,
+            as_declared=as_declared,
         )
 
     @property

@@ -181,11 +181,18 @@ class NodeCell:
         if letter.plan.codecs:
             entry_s = self._pace(letter.at_s, time.thread_time() - began)
         spans = took(Kind.ENCODE, self.name, letter.at_s, entry_s, letter.attempt, message.source)
-        letter = replace(letter, at_s=entry_s, spans=letter.spans + spans)
-        self._send.at(entry_s, partial(self._hop, message, letter, arrays))
+        self._enter(message, replace(letter, at_s=entry_s, spans=letter.spans + spans), arrays)
+
+    def _enter(self, message: Message, letter: Letter, arrays: Sequence[Array]) -> None:
+        """The next link, at `letter.at_s`: emulated links in order of time, physical ones as soon as it is time."""
+        hop = partial(self._hop, message, letter, arrays)
+        if message.links[letter.hop] not in self._transmitters and letter.at_s <= self.clock.now_s:
+            hop()
+        else:
+            self._send.at(letter.at_s, hop)
 
     def _hop(self, message: Message, letter: Letter, arrays: Sequence[Array]) -> None:
-        """Over the next link, entered at `letter.at_s`; on the send thread, so entries are in order."""
+        """Over the next link, entered at `letter.at_s`."""
         link = message.links[letter.hop]
         load, entry_s, place = message.load + letter.hop, letter.at_s, place_of(link)
         lost = self._losses is not None and self._losses.takes(
@@ -231,7 +238,7 @@ class NodeCell:
             message = compiled.messages[letter.message]
             letter = self._stamped(letter, message)
             if letter.hop < len(message.links):
-                self._send.at(letter.at_s, partial(self._hop, message, letter, arrays))
+                self._enter(message, letter, arrays)
                 return
             began = time.thread_time()
             tensors: dict[str, Array] = {}

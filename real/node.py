@@ -18,6 +18,7 @@ import numpy as np
 from isthmus.policies.contract import Policy
 from isthmus.real.cell import NodeCell
 from isthmus.real.clocks import Reading, reading
+from isthmus.real.cluster import own_address
 from isthmus.real.letters import Cell, Collected, Letter, Tensors
 from isthmus.real.model_files import Files, unpacked
 from isthmus.real.pressure import Usage
@@ -43,10 +44,6 @@ class NodeServer:
 
         `address` is what its wire listens on; by default that of its machine in the cluster.
         """
-        if address is None:
-            import ray
-
-            address = ray.util.get_node_ip_address()
         here = {n: unpacked(model, files[n]) for n, model in testbed.models.items()}
         self.name, self.testbed = name, replace(testbed, models=here)
         self.node = testbed.nodes[name]
@@ -54,7 +51,7 @@ class NodeServer:
         self._references: dict[str, list[tuple[Tensors, Tensors]]] = {}
         self._cell: NodeCell | None = None
         self._gone = threading.Event()
-        self._wire = Wire(address, self._delivered, self._told, self._refused)
+        self._wire = Wire(address or own_address(), self._delivered, self._told, self._refused)
 
     # Called by the driver
 
