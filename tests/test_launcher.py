@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from isthmus.real.certs import make_certs, make_token
 from isthmus.real.launcher import join_command, launcher, launcher_file
 from isthmus.workloads.cluster import ClusterSpec
 from isthmus.workloads.errors import InputError
+from isthmus.workloads.testbed import TestbedSpec
 
 SOURCE = Path(__file__).parents[1] / ".src"
 
@@ -36,6 +38,15 @@ def folder() -> Iterator[Path]:
 def cluster(**more: Any) -> ClusterSpec:
     hosts = {"cam-1": {"address": "10.77.0.2"}, "edge": {"address": "edge.local"}}
     return ClusterSpec.model_validate({"address": "10.77.0.1:6379", "token": "token", "hosts": hosts, **more})
+
+
+def test_the_cluster_of_the_documentation():
+    text = (SOURCE.parent / "docs/cluster.md").read_text()
+    [block] = re.findall(r"```yaml\n(cluster:.*?)```", text, re.DOTALL)
+    described = yaml.safe_load(block) | {"models": {"net": "squeezenet"}}
+    spec = TestbedSpec.model_validate(described)
+    assert spec.cluster is not None
+    assert {node.host for node in spec.nodes.values()} == set(spec.cluster.hosts)
 
 
 # Ray's own checks
