@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 
 from isthmus.real.session import Array, PartSession, random_input
-from isthmus.workloads.errors import InputError, within
+from isthmus.workloads.errors import InputError, RunFailure, within
 from isthmus.workloads.fit import session_means
 from isthmus.workloads.model import Model, model_proto
 from isthmus.workloads.profile import BatchCost
@@ -75,10 +75,8 @@ def _answer(session: PartSession, batch: Mapping[str, Array]) -> dict[str, Array
     """InputError where the session, shaped for the batch, does not run: shapes can be wrong where nothing tells."""
     try:
         return session.run(batch)
-    except InputError:
-        raise
-    except Exception as error:  # ONNX Runtime has a family of its own, without a common base
-        raise InputError(f"ONNX Runtime cannot run it: {error}") from None
+    except RunFailure as error:
+        raise InputError(str(error)) from None
 
 
 def _check_rows(together: Mapping[str, Array], alone: list[dict[str, Array]]) -> None:

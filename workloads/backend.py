@@ -1,0 +1,42 @@
+"""Which runtime a node computes with, as people write it: a name, and what that backend is given besides.
+
+Must not know any runtime: whether one is installed, and what it takes, is found out in `real/backend.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class BackendSpec(BaseModel):
+    """`openvino`, or `{name: onnxruntime, providers: [CUDAExecutionProvider]}`: other fields are its arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = Field(default="onnxruntime", description="as `isthmus backends` lists it, or module:Class")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What it is given besides its name."""
+        return dict(self.model_extra or {})
+
+    @cached_property
+    def key(self) -> str:
+        """What tells it from others in names of files; empty for ONNX Runtime as it is by default."""
+        if not self.arguments:
+            return "" if self == BackendSpec() else self.name.replace("/", "_")
+        said = json.dumps(self.arguments, sort_keys=True, default=str)
+        return f"{self.name.replace('/', '_')}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+
+    def __str__(self) -> str:
+        return f"{self.name} {json.dumps(self.arguments, default=str)}" if self.arguments else self.name
