@@ -44,12 +44,12 @@ class Torch:
 
     def load(self, graph: bytes, *, threads: int, optimize: bool) -> _Module:
         """It does not optimise. InputError names the operator that cannot be converted."""
-        proto = onnx.load_from_string(graph)
         try:
+            proto = onnx.load_from_string(graph)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 module = _converter()(proto)
-        except Exception as error:  # NotImplementedError and whatever converting an operator raises
+        except Exception as error:  # protobuf's, or whatever converting an operator raises
             raise InputError(f"onnx2pytorch cannot convert it: {one_line(error)}") from None
         del proto.graph.initializer[:]  # the module has them as tensors; it keeps the graph to walk along it
         return _Module(module.eval().to(self.device), self.device, threads)
