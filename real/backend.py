@@ -30,6 +30,7 @@ _OURS = {
     "onnxruntime": "isthmus.real.onnxruntime_backend:OnnxRuntime",
     "openvino": "isthmus.real.openvino_backend:OpenVino",
     "torch": "isthmus.real.torch_backend:Torch",
+    "executorch": "isthmus.real.executorch_backend:ExecuTorch",
 }
 
 CLOCKS: Mapping[Clock, Callable[[], float]] = {"cpu": time.thread_time, "wall": time.perf_counter}

@@ -39,7 +39,8 @@ def check_backend(make: Callable[[], Backend], *, models: Sequence[str | Path | 
 
     * a model, and its parts joined again at several cuts, give the answer of ONNX Runtime's CPU provider, within the
       tolerance that the backend declares; one that is `exact` gives its own answer bit for bit without `optimize`
-    * tensors of every type are either computed alike or refused with an InputError, and so is what is not ONNX
+    * what it does not take it refuses with an InputError when it is loaded: types of tensors, a model of tokens and
+      masks, what is not ONNX; the kit's network of convolutions and `models` it has to take
     * the same inputs give the same answer; inputs may be read-only, and are left as they are; an answer stays as it is
       when other requests follow; threads may call at the same time
     * where its clock is the CPU time of the calling thread, that is where its work is done
@@ -48,11 +49,12 @@ def check_backend(make: Callable[[], Backend], *, models: Sequence[str | Path | 
     backend = make()
     _check_attributes(backend)
     with tempfile.TemporaryDirectory() as folder:
-        own = [_saved(Path(folder), name, text) for name, text in _MODELS.items()]
-        for model in [*own, *(m if isinstance(m, Model) else load_model(str(m)) for m in models)]:
+        layers, tokens = (_saved(Path(folder), name, text) for name, text in _MODELS.items())
+        given = [model if isinstance(model, Model) else load_model(str(model)) for model in models]
+        for model in [layers, *([tokens] if _takes(backend, tokens) else []), *given]:
             _check_answers(backend, model)
             _check_manners(backend, model)
-        _check_clock(backend, own[0])
+        _check_clock(backend, layers)
         for kind in _TYPES:
             _check_type(backend, _saved(Path(folder), f"type_{kind}", _TYPED.format(type=kind)))
         _check_refusals(backend)
@@ -67,6 +69,14 @@ def _check_attributes(backend: Backend) -> None:
     assert 0 <= backend.tolerance <= 0.1, f"tolerance is {backend.tolerance!r}, not a share between 0 and 0.1"
     assert isinstance(backend.exact, bool), f"exact is {backend.exact!r}, not True or False"
     assert backend.clock(1) in CLOCKS, f"clock(1) is {backend.clock(1)!r}, not one of {', '.join(CLOCKS)}"
+
+
+def _takes(backend: Backend, model: Model) -> bool:
+    try:
+        PartSession(model, model.whole(), backend=backend).close()
+    except InputError:
+        return False
+    return True
 
 
 def _check_answers(backend: Backend, model: Model) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any
 
 import onnx
 import torch
@@ -16,12 +14,23 @@ import torch
 from isthmus.real.backend import Array, Clock, one_line
 from isthmus.workloads.errors import InputError, unknown
 
+try:
+    import torchvision  # noqa: F401  # onnx2pytorch imports it, for a few operators of detectors
+except RuntimeError:
+    # Beside a torch without CUDA its own operators do not load, and importing it fails because it describes two of
+    # them that nobody has declared. Declared, they can be described; a model that uses them still fails, and says so.
+    _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _OPERATORS.define(f"{_name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+from onnx2pytorch import ConvertModel  # noqa: E402
+from onnx2pytorch.convert.operations import get_buffer_name  # noqa: E402
 
-_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+# Tensors that come from another process are read-only. Nothing here writes to them.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 class Torch:
-    """PyTorch, layer by layer, on one of its devices."""
+    """PyTorch on one of its devices, layer by layer as onnx2pytorch converts them."""
 
     name = "torch"
     version: str = torch.__version__
@@ -36,7 +45,6 @@ class Torch:
 
     @staticmethod
     def devices() -> list[str]:
-        _converter()  # without it there is nothing to run on them
         return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
 
     def clock(self, threads: int) -> Clock:
@@ -46,44 +54,37 @@ class Torch:
         """It does not optimise. InputError names the operator that cannot be converted."""
         try:
             proto = onnx.load_from_string(graph)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                module = _converter()(proto)
-        except Exception as error:  # protobuf's, or whatever converting an operator raises
-            raise InputError(f"onnx2pytorch cannot convert it: {one_line(error)}") from None
-        del proto.graph.initializer[:]  # the module has them as tensors; it keeps the graph to walk along it
-        return _Module(module.eval().to(self.device), self.device, threads)
+        except Exception as error:  # protobuf's, of no public name
+            raise InputError(f"is not ONNX: {one_line(error)}") from None
+        return _Module(converted(proto).to(self.device), [value.name for value in proto.graph.input], threads)
 
 
 class _Module:
-    def __init__(self, module: torch.nn.Module, device: str, threads: int) -> None:
-        self._module, self._device, self._threads = module, device, threads
+    def __init__(self, module: torch.nn.Module, inputs: list[str], threads: int) -> None:
+        self._module, self._inputs, self._threads = module, inputs, threads
+        self._device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
 
     def run(self, feeds: Mapping[str, Array]) -> Sequence[Array]:
-        if torch.get_num_threads() != self._threads:  # a number per calling thread
+        if torch.get_num_threads() != self._threads:  # a number that every calling thread has of its own
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            given = {name: torch.from_numpy(value).to(self._device) for name, value in feeds.items()}
-            answer = self._module(**given)
+            given = [torch.from_numpy(feeds[name]).to(self._device) for name in self._inputs]
+            answer = self._module(*given)
         outputs = answer if isinstance(answer, list | tuple) else [answer]
         return [output.numpy(force=True) for output in outputs]
 
 
-@lru_cache(maxsize=1)
-def _converter() -> Any:
-    """`onnx2pytorch.ConvertModel`.
-
-    It imports torchvision for a few operators of detectors. Beside a torch without CUDA, torchvision's own operators
-    do not load, and importing it fails because it describes two of them that nobody has declared. Declared, they can
-    be described; a model that uses them still fails, and says so.
-    """
+def converted(proto: onnx.ModelProto) -> torch.nn.Module:
+    """An ONNX model as a module; `proto` loses its weights to it. InputError for operators without a conversion."""
     try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            _TORCHVISION.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-    # What is shared with senders is read-only; nothing here writes to it.
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    from onnx2pytorch import ConvertModel
-
-    return ConvertModel
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = ConvertModel(proto).eval()
+    except Exception as error:  # NotImplementedError, and whatever else converting an operator raises
+        raise InputError(f"onnx2pytorch cannot convert it: {one_line(error)}") from None
+    # Shapes that are constant the layers know already; as tensors they would be read at every run, and stop an export.
+    for node in proto.graph.node:
+        if node.op_type == "Reshape" and hasattr(module, get_buffer_name(node.input[1])):
+            setattr(module, get_buffer_name(node.input[1]), None)
+    del proto.graph.initializer[:]  # the module has them as tensors, and keeps the graph to walk along it
+    return module
