@@ -193,7 +193,8 @@ def run(
     and what that costs is on the record.
     """
     from isthmus.real.cluster import local_ray
-    from isthmus.real.emulation import Emulation
+    from isthmus.real.drive import run_cell
+    from isthmus.real.fleet import Fleet
 
     out = _free(out, replace) or new_folder(experiment, "emulated")
     testbed, cells = experiment.testbed, experiment.cells()
@@ -203,15 +204,16 @@ def run(
     pressure: dict[str, Any] = {}
     with ExitStack() as stack:
         ray = stack.enter_context(local_ray())
-        emulation = stack.enter_context(Emulation(ray, testbed))
+        fleet = stack.enter_context(Fleet(ray, testbed))
         writer = stack.enter_context(RunWriter(out, "emulated", experiment.spec, testbed, oracles=experiment.oracles))
         for number, (policy, seed) in enumerate(cells):
             told = partial(_told, progress, number * total // len(cells), total, policy.label)
             told(0)
-            emulation.prepare(
+            fleet.prepare(
                 planned(experiment, policy, seed), {n: s.model for n, s in experiment.spec.sources.items()}, seed
             )
-            felt = emulation.run_cell(
+            felt = run_cell(
+                fleet,
                 experiment.spec.draw(seed),
                 experiment.make(policy, seed),
                 _counting(writer.sink(policy.label, seed).keep, wrong, policy.label),

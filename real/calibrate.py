@@ -24,7 +24,8 @@ from isthmus.policies.plan import Plan, split
 from isthmus.policies.records import Kind, Record
 from isthmus.real.batches import measure_batches
 from isthmus.real.cluster import results, start_actor
-from isthmus.real.emulation import Emulation
+from isthmus.real.drive import run_cell
+from isthmus.real.fleet import Fleet
 from isthmus.real.profiler import profile_model
 from isthmus.workloads.codecs import CODECS
 from isthmus.workloads.fit import fit_line, fit_rhythm, typical
@@ -252,14 +253,15 @@ def run_pilot(ray: Any, testbed: Testbed, source: Source, *, seed: int, progress
     count = len(requests)
     policy = Stretches(plans, ceil(count / len(plans)))
     records: list[Record] = []
-    with Emulation(ray, testbed) as emulation:
-        emulation.prepare(plans, {source.node: model.name}, seed)
-        emulation.run_cell(
+    with Fleet(ray, testbed) as fleet:
+        fleet.prepare(plans, {source.node: model.name}, seed)
+        run_cell(
+            fleet,
             {source.node: requests},
             {source.node: policy},
             records.append,
             seed=seed,
-            tick=None if progress is None else lambda closed: progress(closed, count, f"pilot of {model.name}"),
+            tick=None if progress is None else lambda closed, _: progress(closed, count, f"pilot of {model.name}"),
         )
     first_of_stretch = range(0, count, policy.length)  # it finds the caches as another plan left them
     return Pilot(testbed, [record for record in records if record.number not in first_of_stretch])

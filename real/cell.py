@@ -1,18 +1,11 @@
-"""One node of an emulated testbed during one cell: when its parts begin and end, and what it passes on.
+"""One node of a testbed during one cell: what it computes, and what it passes on. Emulated or physical.
 
-Knows the dispatcher, messages and emulated time. Its node's sessions and peers it has from its server; it knows
-neither Ray nor ONNX Runtime.
+Knows messages, links and time. Its node's sessions and peers it has from its server; when parts begin and end is in
+`slots.py`, requests and their dispatcher are in `source.py`. It knows neither Ray nor ONNX Runtime.
 
-Three threads, each with calls in order of emulated time, and a pool that computes:
-
-    compute  runs parts as soon as their tensors are here, ahead of emulated time where it can
-    commit   decides when each part began and ended on the emulated hardware
-    send     works out when the link delivers a message, and passes it on at once
-    source   arrivals, answers and timers of a node where requests arise, and its dispatcher
-
-Times chain: a part begins at the later of its delivery and the end of the one before it, and lasts its CPU time times
-the node's slowdown. So a host that is late now and then shifts nothing; when it is too late to keep an emulated time,
-that is an overrun: it is counted, and the time it really took is used.
+Over an emulated link a message goes at once, with the time at which the link would deliver it; the receiver holds it
+until then, and if it is late, that is an overrun. Over a physical link it goes when it is due, and arrives when it
+arrives: the receiver works out how long it waited for those before it.
 """
 
 from __future__ import annotations
@@ -20,85 +13,38 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
-from isthmus.policies.contract import Policy, View, decision_row, is_oracle
-from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
-from isthmus.policies.plan import Compiled, Message, Plan
-from isthmus.policies.records import Kind, Record, Span
+from isthmus.policies.contract import Policy
+from isthmus.policies.dispatch import Answer, Compiler, Start
+from isthmus.policies.plan import Compiled, Message
+from isthmus.policies.records import Kind, Span
+from isthmus.real.letters import Cell, Collected, Letter, Tensors, place_of, took
 from isthmus.real.pressure import Usage, usage
 from isthmus.real.session import Array, PartSession
+from isthmus.real.slots import EmulatedSlots, HostSlots, Job, Slots
+from isthmus.real.source import SourceCell
 from isthmus.real.timeline import Clock, Timeline
+from isthmus.workloads.affliction import Losses, afflicted
 from isthmus.workloads.codecs import codec
-from isthmus.workloads.errors import IsthmusError, RunFailure
+from isthmus.workloads.errors import InputError, IsthmusError, RunFailure
+from isthmus.workloads.faults import LinkFault, LostMessages
 from isthmus.workloads.model import Part
 from isthmus.workloads.nodes import Node
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.requests import Request
+from isthmus.workloads.routing import LinkId
 from isthmus.workloads.service import Synthetic
 from isthmus.workloads.testbed import Testbed
 from isthmus.workloads.transmitter import Transmitter
 
 TOLERANCE = 1e-5
 """Largest relative difference from the whole model's answer that counts as the same answer."""
-
-Tensors = Mapping[str, Array]
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, slots=True)
-class Letter:
-    """A message under way: which one, of which attempt, how far it has come, and what happened to it so far."""
-
-    cell: int
-    plan: Plan
-    model: str
-    source: str
-    number: int
-    attempt: int
-    message: int
-    hop: int
-    deliver_at_s: float
-    spans: tuple[Span, ...]
-    overruns: int
-
-
-@dataclass(slots=True)
-class _Gathering:
-    """What has come of the messages that a stage, or the answer, waits for."""
-
-    missing: int
-    tensors: dict[str, Array] = field(default_factory=dict)
-    spans: dict[tuple[object, ...], Span] = field(default_factory=dict)
-    ready_s: float = 0.0
-    overruns: int = 0
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One policy under one seed: what the actors need to know of it. `epoch` is its time 0 on the host's clock."""
-
-    id: int
-    epoch: float
-    seed: int
-    name: str
-
-
-@dataclass
-class Collected:
-    """What a source hands over now and then."""
-
-    records: list[Record]
-    decisions: list[dict[str, Any]]
-    """As `decision_row` makes them."""
-    done: bool
-    failure: BaseException | None
 
 
 class Server(Protocol):
@@ -112,44 +58,51 @@ class Server(Protocol):
 
     def payload(self, request: Request) -> tuple[Tensors, Tensors]: ...
 
-    def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None: ...
+    def send(
+        self, node: str, letter: Letter, arrays: Sequence[Array], received: Callable[[], None] | None = None
+    ) -> None: ...
+
+    def tell_lost(self, letter: Letter, reason: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A stage that has all its tensors: what the pool computes, and what is needed to send the result on."""
+@dataclass(slots=True)
+class _Gathering:
+    """What has come of the messages that a stage, or the answer, waits for."""
 
-    compiled: Compiled
-    stage: int
-    letter: Letter
-    gathered: _Gathering
-    result: Future[tuple[Tensors, float, float]]
+    missing: int
+    tensors: dict[str, Array] = field(default_factory=dict)
+    spans: dict[tuple[object, ...], Span] = field(default_factory=dict)
+    ready_s: float = 0.0
+    overruns: int = 0
 
 
 class NodeCell:
     """The state of one node during one cell."""
 
     def __init__(self, server: Server, cell: Cell) -> None:
-        self.server, self.cell = server, cell
-        self.name, self.testbed, self.slowdown = server.name, server.testbed.at_seed(cell.seed), server.node.slowdown
+        self.server, self.cell, self.name = server, cell, server.name
+        self.testbed = server.testbed.at_seed(cell.seed)
         self.clock = Clock(cell.epoch)
         self.failure: BaseException | None = None
+        self._world = afflicted(self.testbed, cell.faults)
+        self._node = self._world.nodes[self.name]
         self._compile = Compiler(self.testbed)
-        self._idle_since_s = [0.0] * server.node.slots  # of the slots that are free on the emulated hardware
-        self._waiting: deque[_Job] = deque()
-        self._transmitters = {i: Transmitter(link) for i, link in self.testbed.links.items() if i[0] == self.name}
+        self._transmitters = {
+            i: Transmitter(link)
+            for i, link in self._world.links.items()
+            if i[0] == self.name and not self.testbed.is_physical(i)
+        }
+        self._outages = [f for f in cell.faults if isinstance(f, LinkFault)] if not cell.cuts_links else []
+        self._losses = Losses(cell.faults, cell.seed) if any(isinstance(f, LostMessages) for f in cell.faults) else None
+        self._arrived_s: dict[LinkId, float] = {}  # over physical links: when the last message came
         self._gathering: dict[tuple[str, int, int, int], _Gathering] = {}
         self._lock = threading.Lock()
         self._noise: dict[str, Uniforms] = {}
-        self._pool = ThreadPoolExecutor(server.node.slots, thread_name_prefix="compute")
-        self._commit = Timeline(self.clock, "commit", self.failed)
+        self._refusals: deque[str] = deque()
+        kind = HostSlots if self._node.physical else EmulatedSlots
+        self._slots: Slots = kind(self._node, self.clock, self._compute, self.failed)
         self._send = Timeline(self.clock, "send", self.failed)
-        self._source = Timeline(self.clock, "source", self.failed)
-        self._dispatcher: Dispatcher | None = None
-        self._charge_decisions = True
-        self._records: deque[Record] = deque()
-        self._decisions: deque[tuple[Request, int, View, Plan]] = deque()
-        self._left = 0
+        self._source: SourceCell | None = None
         self._before = usage()
 
     def failed(self, error: BaseException) -> None:
@@ -160,97 +113,45 @@ class NodeCell:
 
     def close(self) -> Usage:
         used = usage() - self._before  # before threads end, and take their counters with them
-        for timeline in (self._source, self._commit, self._send):
-            timeline.close()
-        self._pool.shutdown(cancel_futures=True)
+        if self._source is not None:
+            self._source.close()
+        self._slots.close()
+        self._send.close()
         return used
 
-    # The source of requests and its dispatcher: all on the source thread
-
     def start(self, requests: Sequence[Request], policy: Policy, end_s: float) -> None:
-        self._dispatcher = Dispatcher(
-            self.name, policy, self.testbed, self._compile, name=self.cell.name, watch=self._decided
+        """Requests arise here."""
+        self._source = SourceCell(
+            self.name, self.testbed, self.cell, self.clock, self._compile, policy, self._pace, self._begin, self.failed
         )
-        self._charge_decisions = not is_oracle(policy)
-        self._left = len(requests)
-        for request in requests:
-            self._source.at(request.arrival_s, partial(self._arrive, request))
-        self._source.at(end_s, self._end)
-
-    def _decided(self, request: Request, attempt: int, view: View, plan: Plan) -> None:
-        self._decisions.append((request, attempt, view, plan))  # made into data later, off the clock
-
-    def _arrive(self, request: Request) -> None:
-        assert self._dispatcher is not None
-        began = time.thread_time()
-        actions = self._dispatcher.arrive(request, self.clock.now_s)
-        self._carry_out(actions, request.arrival_s, time.thread_time() - began)
-
-    def _end(self) -> None:
-        assert self._dispatcher is not None
-        self._carry_out(self._dispatcher.end(), self.clock.now_s, 0.0)
+        self._source.start(requests, end_s)
 
     def node_is(self, node: str, up: bool) -> None:
-        def tell() -> None:
-            if self._dispatcher is not None:
-                began, now = time.thread_time(), self.clock.now_s
-                actions = self._dispatcher.node_is(node, up=up, now_s=now)
-                self._carry_out(actions, now, time.thread_time() - began)
+        if self._source is not None:
+            self._source.node_is(node, up=up)
 
-        self._source.at(self.clock.now_s, tell)
-
-    def _carry_out(self, actions: Sequence[Action], since_s: float, thought_s: float) -> None:
-        """`thought_s` of CPU time went into the actions together, since that time."""
-        thought_s /= max(sum(isinstance(action, Start) for action in actions), 1)
-        for action in actions:
-            match action:
-                case Start():
-                    self._begin(action, since_s, thought_s)
-                case Timer(at_s, number, attempt):
-                    self._source.at(at_s, partial(self._timer, number, attempt))
-                case Record():
-                    self._records.append(action)
-                    self._left -= 1
-
-    def _begin(self, action: Start, since_s: float, thought_s: float) -> None:
-        begin_s = since_s + (thought_s * self.slowdown if self._charge_decisions and action.decided else 0.0)
-        request = action.request
-        letter = Letter(
-            cell=self.cell.id,
-            plan=action.compiled.plan,
-            model=request.model,
-            source=self.name,
-            number=request.number,
-            attempt=action.attempt,
-            message=-1,
-            hop=0,
-            deliver_at_s=begin_s,
-            spans=_took(Kind.DECIDE, self.name, since_s, begin_s, action.attempt),
-            overruns=0,
-        )
-        payload, _ = self.server.payload(request)
-        self._send_all(action.compiled, -1, letter, payload, begin_s)
-
-    def _timer(self, number: int, attempt: int) -> None:
-        assert self._dispatcher is not None
-        began, now = time.thread_time(), self.clock.now_s
-        actions = self._dispatcher.timer(number, attempt, now)
-        self._carry_out(actions, now, time.thread_time() - began)
-
-    def _answered(self, letter: Letter, gathered: _Gathering) -> None:
-        assert self._dispatcher is not None
-        now = self.clock.now_s
-        _, expected = self.server.payload(Request(letter.number, self.name, letter.model, 0.0))
-        error, correct = _compare(gathered.tensors, expected, lossy=bool(letter.plan.codecs))
-        answer = Answer(tuple(gathered.spans.values()), correct, error, gathered.overruns)
-        began = time.thread_time()
-        actions = self._dispatcher.answer(letter.number, letter.attempt, answer, now)
-        self._carry_out(actions, now, time.thread_time() - began)
+    def lost(self, number: int, attempt: int, reason: str) -> None:
+        """Of a request that arose here, an attempt will not be answered."""
+        if self._source is not None:
+            self._source.lost(number, attempt, reason)
 
     def collect(self) -> Collected:
-        done = self._left == 0  # read first: what closed the last request is in the queue by then
-        decisions = [decision_row(*decision) for decision in _drained(self._decisions)]
-        return Collected(_drained(self._records), decisions, done, self.failure)
+        records, decisions, done = ([], [], True) if self._source is None else self._source.collect()
+        refusals = [self._refusals.popleft() for _ in range(len(self._refusals))]
+        return Collected(records, decisions, done, self.failure, refusals)
+
+    def _pace(self, begun_s: float, cpu_s: float) -> float:
+        """When work that began at that time is over on this node; it took so long on a processor of the host."""
+        return self.clock.now_s if self._node.physical else begun_s + cpu_s * self._node.slowdown
+
+    def _begin(self, action: Start, since_s: float, begin_s: float) -> None:
+        """Carry out a plan that was decided on from one time to the other."""
+        spans = took(Kind.DECIDE, self.name, since_s, begin_s, action.attempt)
+        letter = Letter(
+            self.cell.id, action.compiled.plan, action.request, action.attempt, -1, 0, begin_s, spans, overruns=0
+        )
+        payload, _ = self.server.payload(action.request)
+        self._send_all(action.compiled, -1, letter, payload, begin_s)
 
     # Messages
 
@@ -258,7 +159,7 @@ class NodeCell:
         """What leaves a stage (-1: the request) at that time."""
         for message in compiled.sends[stage]:
             number = compiled.messages.index(message)
-            sent = replace(letter, message=number, hop=0, deliver_at_s=at_s)
+            sent = replace(letter, message=number, hop=0, at_s=at_s)
             given = {name: tensors[name] for name in message.tensors}
             if message.links:
                 self._encode(message, sent, given)
@@ -270,145 +171,174 @@ class NodeCell:
         arrays = [
             a for name, c in zip(message.tensors, message.codecs, strict=True) for a in codec(c).encode(tensors[name])
         ]
-        entry_s = letter.deliver_at_s
+        entry_s = letter.at_s
         if letter.plan.codecs:
-            entry_s += (time.thread_time() - began) * self.slowdown
-        spans = _took(Kind.ENCODE, self.name, letter.deliver_at_s, entry_s, letter.attempt, message.source)
-        letter = replace(letter, deliver_at_s=entry_s, spans=letter.spans + spans)
+            entry_s = self._pace(letter.at_s, time.thread_time() - began)
+        spans = took(Kind.ENCODE, self.name, letter.at_s, entry_s, letter.attempt, message.source)
+        letter = replace(letter, at_s=entry_s, spans=letter.spans + spans)
         self._send.at(entry_s, partial(self._hop, message, letter, arrays))
 
     def _hop(self, message: Message, letter: Letter, arrays: Sequence[Array]) -> None:
-        """Over the next link, entered at `letter.deliver_at_s`; on the send thread, so entries are in order."""
+        """Over the next link, entered at `letter.at_s`; on the send thread, so entries are in order."""
         link = message.links[letter.hop]
-        entry_s = letter.deliver_at_s
-        start, left, arrived = self._transmitters[link].send(entry_s, message.wire_bytes)
-        place = f"{link[0]}>{link[1]}"
-        spans = _took(Kind.WAIT, place, entry_s, start, letter.attempt, message.source)
-        spans += _took(Kind.SEND, place, start, arrived, letter.attempt, message.source, message.wire_bytes)
-        onward = replace(letter, hop=letter.hop + 1, deliver_at_s=arrived, spans=letter.spans + spans)
-        self.server.send(link[1], onward, arrays)
-        if self._dispatcher is not None and letter.source == self.name:
-            self._source.at(left, partial(self._sent, letter, message.load + letter.hop, left))
+        load, entry_s, place = message.load + letter.hop, letter.at_s, place_of(link)
+        lost = self._losses is not None and self._losses.takes(
+            place, letter.request, letter.attempt, message.load, entry_s
+        )
+        transmitter = self._transmitters.get(link)
+        if transmitter is None:
+            self._hand_over(message, letter, arrays, lost=lost)
+            return
+        start_s, left_s, arrived_s = transmitter.send(entry_s, message.wire_bytes)
+        spans = took(Kind.WAIT, place, entry_s, start_s, letter.attempt, message.source)
+        spans += took(Kind.SEND, place, start_s, arrived_s, letter.attempt, message.source, message.wire_bytes)
+        if not lost:
+            onward = replace(letter, hop=letter.hop + 1, at_s=arrived_s, spans=letter.spans + spans)
+            self.server.send(link[1], onward, arrays)
+        self._tell_sent(letter, load, left_s)
 
-    def _sent(self, letter: Letter, load: int, left_s: float) -> None:
-        assert self._dispatcher is not None
-        self._dispatcher.sent(letter.number, letter.attempt, load, left_s)
+    def _hand_over(self, message: Message, letter: Letter, arrays: Sequence[Array], *, lost: bool) -> None:
+        """To a physical link. One that a fault holds up is given nothing until then."""
+        link = message.links[letter.hop]
+        now_s, load = self.clock.now_s, message.load + letter.hop
+        ends_s = max((f.end_s for f in self._outages if {*f.link} == {*link} and f.down <= now_s < f.end_s), default=0)
+        if ends_s > now_s:
+            if ends_s < float("inf"):
+                self._send.at(ends_s, partial(self._hop, message, letter, arrays))
+            return
+        round_trip_s = self.testbed.links[link].latency_s + self.testbed.links[link[::-1]].latency_s
+
+        def received() -> None:
+            self._tell_sent(letter, load, max(now_s, self.clock.now_s - round_trip_s))
+
+        waited = took(Kind.WAIT, place_of(link), letter.at_s, now_s, letter.attempt, message.source)
+        if not lost:
+            onward = replace(letter, hop=letter.hop + 1, at_s=now_s, spans=letter.spans + waited)
+            self.server.send(link[1], onward, arrays, received if self._is_source(letter) else None)
+
+    def _is_source(self, letter: Letter) -> bool:
+        return self._source is not None and letter.request.source == self.name
+
+    def _tell_sent(self, letter: Letter, load: int, left_s: float) -> None:
+        if self._source is not None and self._is_source(letter):
+            self._source.sent(letter.request, letter.attempt, load, left_s)
 
     def delivered(self, letter: Letter, arrays: Sequence[Array]) -> None:
-        """A message is here, normally ahead of its time; if not, it is as late as it is, and that is an overrun."""
-        now = self.clock.now_s
-        if now > letter.deliver_at_s:
-            letter = replace(letter, deliver_at_s=now, overruns=letter.overruns + 1)
-        compiled = self._compile(letter.plan, letter.model, letter.source)
-        message = compiled.messages[letter.message]
-        if letter.hop < len(message.links):
-            self._send.at(letter.deliver_at_s, partial(self._hop, message, letter, arrays))
+        """A message is here. What is wrong with it is the sender's fault: its attempt is lost, and the node goes on."""
+        try:
+            compiled = self._compile(letter.plan, letter.request.model, letter.request.source)
+            message = compiled.messages[letter.message]
+            letter = self._stamped(letter, message)
+            if letter.hop < len(message.links):
+                self._send.at(letter.at_s, partial(self._hop, message, letter, arrays))
+                return
+            began = time.thread_time()
+            tensors: dict[str, Array] = {}
+            rest = list(arrays)
+            for name, c in zip(message.tensors, message.codecs, strict=True):
+                parts = tuple(rest.pop(0) for _ in range(codec(c).arrays))
+                tensors[name] = codec(c).decode(parts, np.dtype(compiled.model.tensors[name].dtype))
+        except InputError as error:
+            self._refusals.append(str(error))
+            self.server.tell_lost(letter, f"{self.name} refused a message: {error}")
             return
-        began = time.thread_time()
-        tensors: dict[str, Array] = {}
-        rest = list(arrays)
-        for name, c in zip(message.tensors, message.codecs, strict=True):
-            parts = tuple(rest.pop(0) for _ in range(codec(c).arrays))
-            tensors[name] = codec(c).decode(parts, np.dtype(compiled.model.tensors[name].dtype))
-        ready_s = letter.deliver_at_s
+        ready_s = letter.at_s
         if letter.plan.codecs:
-            ready_s += (time.thread_time() - began) * self.slowdown
-        spans = _took(Kind.DECODE, self.name, letter.deliver_at_s, ready_s, letter.attempt, message.source)
-        self._arrived(compiled, message, replace(letter, deliver_at_s=ready_s, spans=letter.spans + spans), tensors)
+            ready_s = self._pace(letter.at_s, time.thread_time() - began)
+        spans = took(Kind.DECODE, self.name, letter.at_s, ready_s, letter.attempt, message.source)
+        self._arrived(compiled, message, replace(letter, at_s=ready_s, spans=letter.spans + spans), tensors)
+
+    def _stamped(self, letter: Letter, message: Message) -> Letter:
+        """A message with the time at which it was delivered, and what took time on its link."""
+        now_s, link = self.clock.now_s, message.links[letter.hop - 1]
+        if not self.testbed.is_physical(link):  # normally ahead of its time; if not, it is as late as it is
+            late = now_s > letter.at_s
+            return replace(letter, at_s=now_s, overruns=letter.overruns + 1) if late else letter
+        with self._lock:
+            before_s, self._arrived_s[link] = self._arrived_s.get(link, 0.0), now_s
+        # The link is free for its first byte when the last byte of the one before has left.
+        start_s = min(max(letter.at_s, before_s - self.testbed.links[link].latency_s), now_s)
+        place, attempt, stage = place_of(link), letter.attempt, message.source
+        spans = took(Kind.WAIT, place, letter.at_s, start_s, attempt, stage)
+        spans += took(Kind.SEND, place, start_s, now_s, attempt, stage, message.wire_bytes)
+        return replace(letter, at_s=now_s, spans=letter.spans + spans)
 
     def _arrived(self, compiled: Compiled, message: Message, letter: Letter, tensors: Tensors) -> None:
-        """Tensors for a stage here, ready at `letter.deliver_at_s`; when all that it waits for is known, it can run."""
+        """Tensors for a stage here, ready at `letter.at_s`; when all that it waits for is known, it can run."""
         stage = message.target
-        key = (letter.source, letter.number, letter.attempt, stage)
+        key = (letter.request.source, letter.number, letter.attempt, stage)
         with self._lock:
             gathering = self._gathering.setdefault(key, _Gathering(compiled.needs[stage]))
             gathering.tensors.update(tensors)
             gathering.spans.update((_identity(span), span) for span in letter.spans)
-            gathering.ready_s = max(gathering.ready_s, letter.deliver_at_s)
+            gathering.ready_s = max(gathering.ready_s, letter.at_s)
             gathering.overruns += letter.overruns
             gathering.missing -= 1
             if gathering.missing:
                 return
             del self._gathering[key]
         if stage == -1:
-            self._source.at(gathering.ready_s, partial(self._answered, letter, gathering))
+            self._answer(letter, gathering)
             return
-        result = self._pool.submit(self._compute, compiled.plan.stages[stage].part, gathering.tensors)
-        self._commit.at(gathering.ready_s, partial(self._ready, _Job(compiled, stage, letter, gathering, result)))
+        self._slots.submit(
+            Job(
+                compiled.plan.stages[stage].part,
+                gathering.tensors,
+                letter.request,
+                letter.attempt,
+                stage,
+                gathering.ready_s,
+                partial(self._cost_s, compiled, stage, letter.request),
+                partial(self._computed, compiled, stage, letter, gathering),
+            )
+        )
+
+    def _answer(self, letter: Letter, gathering: _Gathering) -> None:
+        source, request = self._source, letter.request
+        if source is None:
+            return
+
+        def compare() -> None:
+            now_s = self.clock.now_s
+            _, expected = self.server.payload(request)
+            error, correct = _compare(gathering.tensors, expected, lossy=bool(letter.plan.codecs))
+            answer = Answer(tuple(gathering.spans.values()), correct, error, gathering.overruns)
+            source.answered(request, letter.attempt, answer, now_s)
+
+        source.at(gathering.ready_s, compare)
+
+    # Parts
 
     def _compute(self, part: Part, tensors: Tensors) -> tuple[Tensors, float, float]:
-        """On the compute pool: outputs, CPU seconds, CPU seconds of loading."""
+        """Outputs, CPU seconds, CPU seconds of loading."""
         session, load_s = self.server.session(part)
         outputs, cpu_s = session.timed(tensors)
         return outputs, cpu_s, load_s
 
-    # Emulated slots, all on the commit thread
-
-    def _ready(self, job: _Job) -> None:
-        """A job is due. Jobs become due in order, so the queue is FIFO."""
-        self._waiting.append(job)
-        self._fill_slots()
-
-    def _slot_free(self, since_s: float) -> None:
-        self._idle_since_s.append(since_s)
-        self._fill_slots()
-
-    def _fill_slots(self) -> None:
-        while self._waiting and self._idle_since_s:
-            job = self._waiting.popleft()
-            idle_s = min(self._idle_since_s)
-            self._idle_since_s.remove(idle_s)
-            start_s = max(job.gathered.ready_s, idle_s)
-            # The host may still be computing; the other slots do not wait for it.
-            job.result.add_done_callback(partial(self._result_is_there, job, start_s))
-
-    def _result_is_there(self, job: _Job, start_s: float, result: Future[Any]) -> None:
-        if not result.cancelled():
-            self._commit.at(start_s, partial(self._computed, job, start_s))
-
-    def _computed(self, job: _Job, start_s: float) -> None:
-        """A job began at that time on the emulated hardware, and the host has its result: when does it end there?"""
-        letter, stage = job.letter, job.stage
-        outputs, cpu_s, load_s = job.result.result()
-        loaded_s = start_s + load_s * self.slowdown
-        end_s = loaded_s + self._service_s(job.compiled, stage, letter, cpu_s)
-        now, overruns = self.clock.now_s, job.gathered.overruns
-        if now > end_s:
-            end_s, overruns = now, overruns + 1
-        self._commit.at(end_s, partial(self._slot_free, end_s))
-        spans = (
-            *job.gathered.spans.values(),
-            *_took(Kind.WAIT, self.name, job.gathered.ready_s, start_s, letter.attempt, stage),
-            *_took(Kind.LOAD, self.name, start_s, loaded_s, letter.attempt, stage),
-            *_took(Kind.COMPUTE, self.name, loaded_s, end_s, letter.attempt, stage),
-        )
-        if self._dispatcher is not None and letter.source == self.name:
-            self._source.at(end_s, partial(self._stage_done, letter, stage, end_s))
-        self._send_all(job.compiled, stage, replace(letter, spans=spans, overruns=overruns), outputs, end_s)
-
-    def _stage_done(self, letter: Letter, stage: int, at_s: float) -> None:
-        assert self._dispatcher is not None
-        self._dispatcher.stage_done(letter.number, letter.attempt, stage, at_s)
-
-    def _service_s(self, compiled: Compiled, stage: int, letter: Letter, cpu_s: float) -> float:
+    def _cost_s(self, compiled: Compiled, stage: int, request: Request, cpu_s: float) -> float:
         """How long the emulated hardware takes: the host's CPU time, slowed down; or what a made-up node takes."""
-        service = self.testbed.services.get((self.name, letter.model))
+        service = self.testbed.services.get((self.name, request.model))
         if not isinstance(service, Synthetic):
-            return cpu_s * self.slowdown
-        if letter.source not in self._noise:
-            self._noise[letter.source] = Uniforms(self.cell.seed, "service", self.name, letter.source)
-        return service.draw_s(compiled.plan.stages[stage].part, self._noise[letter.source], letter.number)
+            return cpu_s * self._node.slowdown
+        if request.source not in self._noise:
+            self._noise[request.source] = Uniforms(self.cell.seed, "service", self.name, request.source)
+        return service.draw_s(compiled.plan.stages[stage].part, self._noise[request.source], request.number)
 
-
-def _drained(queue: deque[Item]) -> list[Item]:
-    """Take all that is in a queue which another thread appends to."""
-    return [queue.popleft() for _ in range(len(queue))]
-
-
-def _took(
-    kind: Kind, place: str, start_s: float, end_s: float, attempt: int, stage: int = -1, size: int | None = None
-) -> tuple[Span, ...]:
-    return (Span(kind, place, start_s, end_s, attempt, stage, size),) if end_s > start_s else ()
+    def _computed(
+        self,
+        compiled: Compiled,
+        stage: int,
+        letter: Letter,
+        gathering: _Gathering,
+        outputs: Tensors,
+        end_s: float,
+        spans: tuple[Span, ...],
+        overruns: int,
+    ) -> None:
+        if self._source is not None and self._is_source(letter):
+            self._source.stage_done(letter.request, letter.attempt, stage, end_s)
+        passed = replace(letter, spans=(*gathering.spans.values(), *spans), overruns=gathering.overruns + overruns)
+        self._send_all(compiled, stage, passed, outputs, end_s)
 
 
 def _identity(span: Span) -> tuple[object, ...]:
@@ -416,7 +346,7 @@ def _identity(span: Span) -> tuple[object, ...]:
     return (span.kind, span.place, span.start_s, span.end_s, span.stage)
 
 
-def _compare(answer: Tensors, expected: Tensors, *, lossy: bool) -> tuple[float, bool]:
+def _compare(answer: Tensors, expected: Mapping[str, Array], *, lossy: bool) -> tuple[float, bool]:
     """Largest relative difference, and whether the answer counts as the same.
 
     With a lossy codec the numbers differ by design: then the largest entry of each output has to be the same.

@@ -56,9 +56,20 @@ def local_ray() -> Iterator[Any]:
         ray.shutdown()
 
 
-def start_actor(ray: Any, kind: type, *arguments: Any) -> Any:
-    """An actor of a plain class. It claims no CPU, since emulated nodes share the host's; calls may overlap."""
-    return ray.remote(kind).options(num_cpus=0, max_concurrency=16, max_restarts=0).remote(*arguments)
+def start_actor(ray: Any, kind: type, *arguments: Any, **where: Any) -> Any:
+    """An actor of a plain class. It claims no CPU, since emulated nodes share the host's; calls may overlap.
+
+    `where` are Ray's options of where it runs; without them it is where Ray likes.
+    """
+    return ray.remote(kind).options(num_cpus=0, max_concurrency=16, max_restarts=0, **where).remote(*arguments)
+
+
+def on_this_machine(ray: Any) -> dict[str, Any]:
+    """Options for actors that belong on the machine of the driver."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
 def results(ray: Any, references: list[Any], timeout_s: float = 600) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A node of an emulated testbed, as one actor: resident parts, peers, and the cell that is being run on it.
+"""A node of a testbed, as one actor: resident parts, peers, and the cell that is being run on it.
 
 A plain class that `cluster.py` makes an actor of. Knows sessions and its peers' handles; how a cell goes is in
 `cell.py`.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from isthmus.policies.contract import Policy
-from isthmus.real.cell import Cell, Collected, Letter, NodeCell, Tensors
+from isthmus.real.cell import NodeCell
+from isthmus.real.letters import Cell, Collected, Letter, Tensors
+from isthmus.real.model_files import Files, unpacked
 from isthmus.real.pressure import Usage
 from isthmus.real.session import Array, PartSession, random_input, random_tensors
 from isthmus.workloads.model import Part, model_proto
@@ -27,8 +30,10 @@ _WARM_UPS = 5
 
 
 class NodeServer:
-    def __init__(self, name: str, testbed: Testbed) -> None:
-        self.name, self.testbed = name, testbed
+    def __init__(self, name: str, testbed: Testbed, files: Mapping[str, Files]) -> None:
+        """`files` are those of the models, for machines that do not have them."""
+        here = {n: unpacked(model, files[n]) for n, model in testbed.models.items()}
+        self.name, self.testbed = name, replace(testbed, models=here)
         self.node = testbed.nodes[name]
         self._sessions: dict[Part, PartSession] = {}
         self._references: dict[str, list[tuple[Tensors, Tensors]]] = {}
@@ -100,13 +105,19 @@ class NodeServer:
     # Called by peers
 
     def deliver(self, letter: Letter, *arrays: Array) -> None:
-        """A message, ahead of the time at which its link delivers it."""
+        """A message; over an emulated link ahead of the time at which that delivers it."""
         cell = self._cell
         if cell is not None and cell.cell.id == letter.cell:
             try:
                 cell.delivered(letter, arrays)
             except Exception as error:  # the sender does not wait for an answer, so the driver has to hear of it
                 cell.failed(error)
+
+    def lost(self, cell_id: int, number: int, attempt: int, reason: str) -> None:
+        """An attempt at a request that arose here will not be answered."""
+        cell = self._cell
+        if cell is not None and cell.cell.id == cell_id:
+            cell.lost(number, attempt, reason)
 
     # For the cell
 
@@ -129,8 +140,22 @@ class NodeServer:
         """Inputs and reference answer of a request."""
         return self._references[request.model][request.number % PAYLOADS]
 
-    def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None:
-        """Pass a message on. One to a node that is gone is lost; its dispatcher learns of it from the driver."""
+    def send(
+        self, node: str, letter: Letter, arrays: Sequence[Array], received: Callable[[], None] | None = None
+    ) -> None:
+        """Pass a message on. One to a node that is gone is lost; its dispatcher learns of it from the driver.
+
+        `received` is called when the other node has it, on a thread of Ray's.
+        """
         peer = self._peers.get(node)
+        if peer is None:
+            return
+        reference = peer.deliver.remote(letter, *arrays)
+        if received is not None:
+            reference.future().add_done_callback(lambda done: None if done.exception() else received())
+
+    def tell_lost(self, letter: Letter, reason: str) -> None:
+        """Let the source of a request know that an attempt at it will not be answered."""
+        peer = self._peers.get(letter.request.source)
         if peer is not None:
-            peer.deliver.remote(letter, *arrays)
+            peer.lost.remote(letter.cell, letter.number, letter.attempt, reason)

@@ -1,4 +1,4 @@
-"""How hard-pressed the host is: what an emulation must watch, since it borrows the host's processors."""
+"""How hard-pressed a host is: what an emulation must watch, since it borrows the host's processors."""
 
 from __future__ import annotations
 
@@ -40,3 +40,33 @@ def stalled_share() -> float | None:
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """How hard-pressed the host was during a cell. Beyond the limits of `warnings` the figures suffer."""
+
+    overrun_share: float
+    run_delay_share: float
+    """Seconds that an actor's threads waited for a processor, over the time that the cell took; mean of the actors."""
+    cpu_cores: float
+    """Processors that the actors kept busy, on average."""
+    stalled_share: float | None
+    refused: int = 0
+    """Messages that an actor did not take because something was wrong with them."""
+
+    def warnings(self) -> list[str]:
+        said = []
+        if self.overrun_share > 0.05:
+            said.append(f"INVALID: the host was too late for {self.overrun_share:.1%} of requests (limit 5 %)")
+        elif self.overrun_share > 0.01:
+            said.append(f"the host was too late for {self.overrun_share:.1%} of requests (good: up to 1 %)")
+        if self.run_delay_share > 0.15:
+            said.append(f"actors waited for a processor {self.run_delay_share:.0%} of the time (good: up to 15 %)")
+        if self.cpu_cores > 0.6 * cores():
+            said.append(f"actors kept {self.cpu_cores:.1f} of {cores()} processors busy (good: up to 60 %)")
+        if self.stalled_share is not None and self.stalled_share > 0.2:
+            said.append(f"tasks of this host waited for a processor {self.stalled_share:.0%} of the time (good: 20 %)")
+        if self.refused:
+            said.append(f"{self.refused} messages were refused: something was wrong with them")
+        return said

@@ -19,6 +19,11 @@ class Clock:
     def now_s(self) -> float:
         return time.monotonic() - self.epoch
 
+    def sleep_until(self, time_s: float) -> None:
+        """Return at that time, or at once when it is past."""
+        if (early_s := time_s - self.now_s) > 0:
+            time.sleep(early_s)
+
 
 class Timeline:
     """Calls in order of the times they are given for, on one thread, none before its time.

@@ -14,7 +14,8 @@ from isthmus.policies.dispatch import PolicyFailure
 from isthmus.policies.plan import Plan, Stage, split, whole_on
 from isthmus.policies.records import Kind, Record
 from isthmus.policies.registry import spec
-from isthmus.real.emulation import Emulation
+from isthmus.real.drive import run_cell
+from isthmus.real.fleet import Fleet
 from isthmus.workloads.faults import NodeFault
 from isthmus.workloads.model import Part
 from isthmus.workloads.random import stream
@@ -44,9 +45,10 @@ def emulate(ray: Any) -> Callable[..., Ran]:
     def run(testbed: Testbed, policy: Any, requests: list[Request], **more: Any) -> Ran:
         [model] = testbed.models
         ran = Ran([], [])
-        with Emulation(ray, testbed) as emulation:
-            emulation.prepare([], {"device": model}, 1)
-            emulation.run_cell(
+        with Fleet(ray, testbed) as fleet:
+            fleet.prepare([], {"device": model}, 1)
+            run_cell(
+                fleet,
                 {"device": requests},
                 {"device": policy},
                 ran.records.append,
@@ -109,12 +111,12 @@ def test_emulated_times_are_the_simulated_ones(synthetic, emulate, play):
 def test_actors_meet_the_rates_that_the_seed_of_their_cell_draws(synthetic, ray):
     drawn = {"kind": "markov", "states": [["50Mbit", "100ms"], ["5Mbit", "100ms"]], "duration": "10s"}
     testbed = synthetic({"device": "5ms", "cloud": "5ms"}, [{"between": ["device", "cloud"], "rate": drawn}])
-    with Emulation(ray, testbed) as emulation:
-        emulation.prepare([], {"device": "chain"}, 2)
+    with Fleet(ray, testbed) as fleet:
+        fleet.prepare([], {"device": "chain"}, 2)
         for seed in (2, 3):
             records: list[Record] = []
             requests = {"device": poisson("chain", 10)}
-            emulation.run_cell(requests, {"device": spec("remote").make(1)}, records.append, seed=seed)
+            run_cell(fleet, requests, {"device": spec("remote").make(1)}, records.append, seed=seed)
             links = testbed.at_seed(seed).links
             sent = [s for record in records for s in record.spans if s.kind is Kind.SEND]
             assert len(sent) == 20
@@ -178,11 +180,12 @@ def test_nothing_is_lost_when_an_actor_is_killed(up, synthetic, emulate, play):
 def test_a_fault_of_one_cell_does_not_reach_into_the_next(ray, synthetic):
     requests = poisson("chain", 20)
     testbed = synthetic(NODES, LINKS)
-    with Emulation(ray, testbed) as emulation:
+    with Fleet(ray, testbed) as fleet:
         for faults in ([NodeFault(node="edge", down=0.2)], [NodeFault(node="device", down=0.2)], []):
             records: list[Record] = []
-            emulation.prepare([], {"device": "chain"}, 1)
-            emulation.run_cell(
+            fleet.prepare([], {"device": "chain"}, 1)
+            run_cell(
+                fleet,
                 {"device": requests},
                 {"device": spec("remote").make(1)},
                 records.append,

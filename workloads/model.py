@@ -299,6 +299,12 @@ def model_proto(model: Model, batch: int = 1) -> onnx.ModelProto:
     return proto
 
 
+def sha256_here(model: Model) -> str:
+    """The hash of what `model.source` is on this machine, now. InputError when it is not there."""
+    where = _locate(model.source)
+    return onnx_file.read(where)[1] if isinstance(where, Path) else zoo.sha256(where, model.seed)
+
+
 def _locate(source: str | Path) -> Path | str:
     """A file's absolute path, or a zoo name."""
     path = Path(source)

@@ -60,6 +60,11 @@ def read(path: Path) -> tuple[onnx.ModelProto, str]:
     return proto, digest.hexdigest()
 
 
+def external_files(path: Path) -> list[str]:
+    """The names of the files beside an ONNX file that hold its weights, if any."""
+    return sorted(_external_files(onnx.load(str(path), load_external_data=False)))
+
+
 def normalise(proto: onnx.ModelProto, where: object, batch: int = 1) -> onnx.ModelProto:
     """Bring `proto` into the form described above, in place, and return it. `where` is what errors name.
 

@@ -323,6 +323,10 @@ class Testbed:
         other.__dict__.update(routes=self.routes, _servers=self._servers)
         return other
 
+    def is_physical(self, link: LinkId) -> bool:
+        """Whether a real run sends over it what it carries: its ends are on different machines."""
+        return self.nodes[link[0]].host != self.nodes[link[1]].host
+
     def reachable(self, source: str) -> list[str]:
         """The other nodes that serve and that there is a route to, and so one back, in the order of the testbed."""
         servers = self._servers
