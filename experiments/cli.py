@@ -22,6 +22,7 @@ from isthmus.experiments.compare import Comparison
 from isthmus.experiments.execute import Experiment
 from isthmus.experiments.present import messages
 from isthmus.experiments.run_folder import Run
+from isthmus.workloads.backend import BackendSpec
 from isthmus.workloads.errors import InputError, IsthmusError
 from isthmus.workloads.experiment import ExperimentSpec
 from isthmus.workloads.progress import Progress
@@ -143,6 +144,13 @@ def policies(as_json: Json = False) -> None:
 
 
 @app.command()
+def backends(as_json: Json = False) -> None:
+    """List what can run the parts of models here: runtimes, their versions and devices."""
+    rows = catalogue.list_backends()
+    emit(rows) if as_json else tables.backends_table(rows)
+
+
+@app.command()
 def traces(
     files: Annotated[
         list[Path], typer.Argument(help="Experiments or testbeds (YAML), or files of rates.", show_default=False)
@@ -175,7 +183,12 @@ def profile(
     quick: Annotated[bool, typer.Option(help="Seconds instead of a minute or two, at about twice the error.")] = False,
     label: Annotated[str, typer.Option(help="What this machine is called in testbeds.")] = "host",
     pace: Annotated[str, typer.Option(help="Idle time before each run, as between requests.")] = "20ms",
-    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="profiles/MODEL@LABEL.json")] = None,
+    backend: Annotated[
+        str, typer.Option(help="What runs it: a name that `isthmus backends` lists, or YAML as nodes have it.")
+    ] = "onnxruntime",
+    out: Annotated[
+        Path | None, typer.Option(help="File to write.", show_default="profiles/MODEL@LABEL[+BACKEND].json")
+    ] = None,
     batches: Annotated[
         str | None, typer.Option(help="Also what batches of these sizes cost, such as 1,2,4,8.", show_default="none")
     ] = None,
@@ -189,11 +202,12 @@ def profile(
     from isthmus.workloads.units import parse_time
 
     loaded, pace_s, sizes = load_model(model), parse_time(pace), _sizes(batches)
-    path = out or profile_path(Path("profiles"), loaded.name, label)
+    runtime = BackendSpec.of(backend, where="--backend")
+    path = out or profile_path(Path("profiles"), loaded.name, label, runtime)
     with _progress(f"profiling {loaded.name}", as_json) as move:
-        made = profile_model(loaded, quick=quick, label=label, pace_s=pace_s, progress=move)
+        made = profile_model(loaded, quick=quick, label=label, pace_s=pace_s, backend=runtime, progress=move)
         try:
-            made = made.with_batches(measure_batches(loaded, sizes, pace_s=pace_s, progress=move))
+            made = made.with_batches(measure_batches(loaded, sizes, pace_s=pace_s, backend=runtime, progress=move))
         except InputError as error:  # what a profile is for most of the time, it is without batches
             messages.print(escape(f"note: no batches: {error}"), highlight=False, soft_wrap=True)
     made.save(path)
@@ -201,7 +215,8 @@ def profile(
         whole_s = made.part_s(loaded, loaded.whole())
         emit({"file": str(path), "model": loaded.name, "whole_s": whole_s, "session_s": made.session_s,
               "blocks_s": [b.seconds for b in made.blocks], "batches": {b.size: b.ratio for b in made.batches},
-              "provenance": made.provenance})  # fmt: skip
+              "backend": made.backend, "backend_version": made.backend_version, "provider": made.provider,
+              "clock": made.clock, "provenance": made.provenance})  # fmt: skip
     else:
         tables.profile_table(loaded, made, path)
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from isthmus.policies.records import Record
 from isthmus.policies.registry import PolicySpec
 from isthmus.policies.registry import spec as policy_spec
 from isthmus.sim.simulator import simulate as simulate_cell
-from isthmus.workloads.errors import InputError
+from isthmus.workloads.backend import BackendSpec
+from isthmus.workloads.errors import InputError, within
 from isthmus.workloads.experiment import ExperimentSpec
 from isthmus.workloads.faults import NodeFault, Recurring
 from isthmus.workloads.profile import Profile
@@ -121,6 +123,11 @@ def uncalibrated(experiment: Experiment) -> list[str]:
         for p in experiment.policies
         if p.label not in timed
     ]
+
+
+def _backends(testbed: TestbedSpec) -> list[BackendSpec]:
+    """What the nodes with measured times compute with."""
+    return list({n.backend.key: n.backend for n in testbed.nodes.values() if n.service is None}.values())
 
 
 def _check_ours(path: Path) -> None:
@@ -250,6 +257,7 @@ def _counting(sink: Callable[[Record], None], wrong: Counter[str], label: str) -
 
 def check_emulation(experiment: Experiment) -> list[str]:
     """Whether this host can emulate the testbed: InputError where it cannot, warnings where it may be hard."""
+    from isthmus.real.backend import backend
     from isthmus.real.profiler import this_machine
 
     here, said = this_machine("host"), []
@@ -271,6 +279,10 @@ def check_emulation(experiment: Experiment) -> list[str]:
             raise InputError("is simulated only, so far", where=f"{experiment.where}: nodes.{name}.mobility")
     for name, node in experiment.testbed.nodes.items():
         where = f"{experiment.where}: nodes.{name}"
+        runtime = None
+        if node.host is None:  # else it is looked for there
+            with within(f"{where}.backend"):
+                runtime = backend(node.backend)
         if node.special:
             raise InputError(
                 f"`{node.special[0]}` is simulated only so far",
@@ -285,6 +297,9 @@ def check_emulation(experiment: Experiment) -> list[str]:
                     where=where,
                     allowed="an emulated node is this machine, slowed down: calibrate here, or give it a `service`",
                 )
+            version = service.profile.backend_version
+            if runtime is not None and version != runtime.version:
+                said.append(f"node {name!r}: its profile is of {runtime.name} {version}, and this is {runtime.version}")
         if measured and node.slowdown < 1:
             raise InputError(
                 f"slowdown {node.slowdown:g}", where=where, allowed="at least 1: no host runs faster than itself"
@@ -330,11 +345,11 @@ def calibrate(
 ) -> list[Path]:
     """Measure what simulating the experiment needs, on this host; the files written.
 
-    Per model of the workload a profile, and what a pilot run finds its parts to cost at the workload's own rhythm;
-    then the overheads. Where a node has a `batch` without its `cost`, what batches cost is in the profiles; InputError
-    for a model that cannot be batched. `quick` skips the long profile of each block. `keep_profiles` does the pilot
-    and the overheads anew, with the profiles that there are, batches and all: half a minute that makes up for a host
-    that is not as fast as it was.
+    Per model of the workload, and backend of the nodes, a profile, and what a pilot run finds its parts to cost at the
+    workload's own rhythm; then the overheads. Where a node has a `batch` without its `cost`, what batches cost is in
+    the profiles; InputError for a model that cannot be batched. `quick` skips the long profile of each block.
+    `keep_profiles` does the pilot and the overheads anew, with the profiles that there are, batches and all: half a
+    minute that makes up for a host that is not as fast as it was.
     """
     from isthmus.real.calibrate import measure_overheads, measure_profiles, run_pilot
     from isthmus.real.cluster import local_ray
@@ -351,14 +366,17 @@ def calibrate(
     written: list[Path] = []
     with local_ray() as ray:
         [label] = labels or {""}
-        for model in sources if labels else ():
-            _check_ours(profile_path(experiment.store, model, label))
+        backends = _backends(experiment.testbed_spec)
+        for model, backend in product(sources, backends):
+            _check_ours(profile_path(experiment.store, model, label, backend))
         if labels and not keep_profiles:
             models = [bare.models[name] for name in sources]
             sizes = _batch_sizes(experiment.testbed_spec)
-            for profile in measure_profiles(ray, models, quick=quick, label=label, batches=sizes, progress=progress):
-                path = profile_path(experiment.store, profile.model, label)
-                profile.save(path)
+            for backend in backends:
+                for profile in measure_profiles(
+                    ray, models, quick=quick, label=label, backend=backend, batches=sizes, progress=progress
+                ):
+                    profile.save(profile_path(experiment.store, profile.model, label, backend))
         testbed = experiment.build_testbed()
         first = next(iter(experiment.spec.sources.values()))
         policies = {p.label: p.make(0) for p in experiment.policies}
@@ -367,8 +385,8 @@ def calibrate(
         for source in sources.values():
             pilot = run_pilot(ray, testbed, source, seed=0, progress=progress)
             late.append(pilot.wake_s)
-            if labels:
-                path = profile_path(experiment.store, source.model, label)
+            for backend in backends:
+                path = profile_path(experiment.store, source.model, label, backend)
                 profile = Profile.load(path)
                 profile.at_rhythm(pilot.rhythm(testbed.models[source.model], profile)).save(path)
                 written.append(path)

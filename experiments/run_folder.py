@@ -376,7 +376,8 @@ def _keep_inputs(folder: Path, testbed: Testbed) -> None:
     kept = {id(service): (model, service) for (_, model), service in testbed.services.items()}  # groups share theirs
     for model, service in kept.values():
         if isinstance(service, Measured):
-            service.profile.save(profile_path(store, model, service.profile.machine.label))
+            profile = service.profile
+            profile.save(profile_path(store, model, profile.machine.label, profile.measured_with))
     testbed.overheads.save(store)
     for file in testbed.spec.traces:
         if (copy := folder / _trace(file)[0]) != Path(file):

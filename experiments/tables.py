@@ -66,6 +66,24 @@ def policies_table(rows: Rows) -> None:
     )
 
 
+def backends_table(rows: Rows) -> None:
+    table(
+        "Backends",
+        ["name", "version", "devices", "what it is, or why it is not here", "arguments"],
+        [
+            [
+                r["name"],
+                r["version"] or "–",
+                ", ".join(r["devices"]),
+                r["problem"] or r["about"],
+                ", ".join(f"{k}={v}" for k, v in r["arguments"].items()),
+            ]
+            for r in rows
+        ],
+        caption="Your own: module:Class, or the entry-point group isthmus.backends of any installed package.",
+    )
+
+
 def traces_table(traces: Sequence[Trace], rows: Rows) -> None:
     def mbit(row: Mapping[str, Any], which: str) -> str:
         return f"{row[f'{which}_bytes_per_s'] * 8e-6:.3g}"

@@ -1,7 +1,7 @@
 """What a backend is, and finding one by name. Knows no runtime by itself: each is imported when it is asked for.
 
-A backend runs parts, which it is given as ONNX. The node of a testbed names it: `backend: openvino`. Ours are in the
-table below; other packages bring theirs with the entry-point group `isthmus.backends`, and `module:Class` needs neither.
+A backend runs parts, which it is given as ONNX. The node of a testbed names it: `backend: openvino`. Ours are in a
+table here; other packages bring theirs with the entry-point group `isthmus.backends`, and `module:Class` needs neither.
 `check.py` tells whether one keeps the contract.
 """
 
@@ -18,14 +18,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from isthmus.workloads.backend import BackendSpec
+from isthmus.workloads.backend import DEFAULT, BackendSpec
 from isthmus.workloads.errors import InputError, unknown
 
 Array = npt.NDArray[Any]
 Clock = Literal["cpu", "wall"]
 
 GROUP = "isthmus.backends"
-DEFAULT = BackendSpec()
 _OURS = {
     "onnxruntime": "isthmus.real.onnxruntime_backend:OnnxRuntime",
     "openvino": "isthmus.real.openvino_backend:OpenVino",

@@ -27,6 +27,7 @@ from isthmus.real.cluster import results, start_actor
 from isthmus.real.drive import run_cell
 from isthmus.real.fleet import Fleet
 from isthmus.real.profiler import profile_model
+from isthmus.workloads.backend import DEFAULT, BackendSpec
 from isthmus.workloads.codecs import CODECS
 from isthmus.workloads.fit import fit_line, fit_rhythm, typical
 from isthmus.workloads.model import Model, Part
@@ -53,11 +54,11 @@ class Bench:
     def progress(self) -> tuple[int, int, str]:
         return self._progress
 
-    def profile(self, model: Model, quick: bool, label: str) -> Profile:
-        return profile_model(model, quick=quick, label=label, progress=self._note)
+    def profile(self, model: Model, quick: bool, label: str, backend: BackendSpec) -> Profile:
+        return profile_model(model, quick=quick, label=label, backend=backend, progress=self._note)
 
-    def batches(self, model: Model, sizes: Sequence[int]) -> tuple[BatchCost, ...]:
-        return measure_batches(model, sizes, progress=self._note)
+    def batches(self, model: Model, sizes: Sequence[int], backend: BackendSpec) -> tuple[BatchCost, ...]:
+        return measure_batches(model, sizes, backend=backend, progress=self._note)
 
     def _note(self, done: int, total: int, text: str) -> None:
         self._progress = (done, total, text)
@@ -123,10 +124,11 @@ def measure_profiles(
     *,
     quick: bool,
     label: str,
+    backend: BackendSpec = DEFAULT,
     batches: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> list[Profile]:
-    """Profile models inside an actor, one after another, with what `batches` of these sizes cost.
+    """Profile models in a backend, inside an actor, one after another, with what `batches` of these sizes cost.
 
     InputError, before any profile is taken, for a model that cannot be batched.
     """
@@ -139,8 +141,8 @@ def measure_profiles(
         return results(ray, [running])[0]
 
     try:
-        costs = [measured(bench.batches.remote(model, batches)) for model in models]
-        profiles = [measured(bench.profile.remote(model, quick, label)) for model in models]
+        costs = [measured(bench.batches.remote(model, batches, backend)) for model in models]
+        profiles = [measured(bench.profile.remote(model, quick, label, backend)) for model in models]
     finally:
         ray.kill(bench)
     return [profile.with_batches(cost) for profile, cost in zip(profiles, costs, strict=True)]
@@ -197,7 +199,8 @@ class Pilot:
     """What a short real run tells: parts at the rhythm of requests, and how late answers are released."""
 
     def __init__(self, testbed: Testbed, records: Sequence[Record]) -> None:
-        self.samples_s: dict[Part, list[float]] = {}
+        self.samples_s: dict[str, dict[Part, list[float]]] = {}
+        """Of each part, by the `key` of the backend that ran it."""
         self.answered = 0
         lateness = []
         for record in records:
@@ -211,17 +214,21 @@ class Pilot:
                     stage = plan.stages[span.stage]
                     if not isinstance(testbed.service(stage.node, record.model), Measured):
                         continue
-                    cpu_s = (span.end_s - span.start_s) / testbed.nodes[stage.node].slowdown
-                    self.samples_s.setdefault(stage.part, []).append(cpu_s)
+                    node = testbed.nodes[stage.node]
+                    samples_s = self.samples_s.setdefault(node.backend.key, {})
+                    samples_s.setdefault(stage.part, []).append((span.end_s - span.start_s) / node.slowdown)
         self.wake_s = max(float(np.median(lateness)), 0.0) if lateness else 0.0
 
     def rhythm(self, model: Model, profile: Profile) -> Rhythm:
         """How parts cost in the pilot, against the profiler's loop. InputError if the profile is of another model."""
         loop = profile.at_rhythm(Rhythm())
-        found = [
-            (loop.part_s(model, part), float(typical(samples).mean()), len(samples))
-            for part, samples in self.samples_s.items()
+        ran = {
+            part: samples
+            for part, samples in self.samples_s.get(profile.measured_with.key, {}).items()
             if part.model == model.name
+        }
+        found = [
+            (loop.part_s(model, part), float(typical(samples).mean()), len(samples)) for part, samples in ran.items()
         ]
         scale, shift_s = fit_rhythm([f[0] for f in found], [f[1] for f in found], [f[2] for f in found])
         said = f"a pilot of {self.answered} requests on {datetime.now(UTC).isoformat(timespec='seconds')}"
@@ -235,8 +242,8 @@ class Pilot:
                 mean_s=float(np.mean(samples)),
                 samples_s=tuple(round(s, 8) for s in samples),
             )
-            for part, samples in self.samples_s.items()
-            if part.model == model.name and len(samples) > 1 and (span := model.span_of(part)) is not None
+            for part, samples in ran.items()
+            if len(samples) > 1 and (span := model.span_of(part)) is not None
         )
         return Rhythm(scale=scale, shift_s=shift_s, provenance=said, sessions=sessions)
 

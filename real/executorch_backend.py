@@ -25,7 +25,10 @@ from isthmus.workloads.errors import InputError
 
 
 class ExecuTorch:
-    """ExecuTorch on the CPU, through XNNPACK for the operators that it has. Loading a part takes seconds to a minute."""
+    """ExecuTorch on the CPU, with XNNPACK for the operators that it has.
+
+    Loading a part converts it, which takes seconds to a minute.
+    """
 
     name = "executorch"
     version: str = version("executorch")

@@ -8,7 +8,7 @@ from typing import Any
 
 from isthmus.policies.plan import Plan
 from isthmus.policies.records import Kind, Record, Span
-from isthmus.real.session import Array
+from isthmus.real.backend import Array
 from isthmus.workloads.faults import Fault
 from isthmus.workloads.requests import Request
 
@@ -47,6 +47,8 @@ class Letter:
     at_s: float
     spans: tuple[Span, ...]
     overruns: int
+    tolerance: float = 0.0
+    """The largest of the backends that it has passed."""
 
     @property
     def number(self) -> int:

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from isthmus.policies.contract import Policy
+from isthmus.real.backend import Array, backend
 from isthmus.real.cell import NodeCell
 from isthmus.real.letters import Cell, Collected, Letter, Tensors
 from isthmus.real.model_files import Files, unpacked
 from isthmus.real.pressure import Usage
-from isthmus.real.session import Array, PartSession, random_input, random_tensors
+from isthmus.real.session import PartSession, random_input, random_tensors
 from isthmus.workloads.model import Part, model_proto
 from isthmus.workloads.requests import Request
 from isthmus.workloads.testbed import Testbed
@@ -50,7 +51,7 @@ class NodeServer:
     def load(self, parts: Sequence[Part]) -> None:
         """Have exactly these parts resident and warm."""
         for part in [p for p in self._sessions if p not in parts]:
-            del self._sessions[part]
+            self._sessions.pop(part).close()
         protos: dict[str, Any] = {}
         for part in parts:
             if part not in self._sessions:
@@ -61,7 +62,7 @@ class NodeServer:
     def prepare_answers(self, model: str, seed: int) -> None:
         """Payloads for requests that arise here, and the whole model's answers to them."""
         of = self.testbed.models[model]
-        whole = self._sessions.get(of.whole()) or PartSession(of, of.whole())
+        whole = PartSession(of, of.whole())  # in ONNX Runtime, whatever this node computes with
         inputs = [random_input(of, i, seed) for i in range(PAYLOADS)]
         self._references[model] = [(given, whole.run(given)) for given in inputs]
 
@@ -121,16 +122,22 @@ class NodeServer:
 
     # For the cell
 
+    @property
+    def tolerance(self) -> float:
+        """How far from ONNX Runtime's its answers may be: see `Backend`."""
+        return backend(self.node.backend).tolerance
+
     def session(self, part: Part) -> tuple[PartSession, float]:
-        """A part, and the CPU seconds that loading it took just now: 0 where it is resident."""
+        """A part, and the seconds that loading it took just now, by the session's clock: 0 where it is resident."""
         if part in self._sessions:
             return self._sessions[part], 0.0
-        session = self._sessions[part] = PartSession(self.testbed.models[part.model], part)
+        model, runtime = self.testbed.models[part.model], backend(self.node.backend)
+        session = self._sessions[part] = PartSession(model, part, backend=runtime)
         return session, session.load_s
 
     def _warm(self, part: Part, proto: Any) -> PartSession:
         model = self.testbed.models[part.model]
-        session = PartSession(model, part, proto=proto)
+        session = PartSession(model, part, proto=proto, backend=backend(self.node.backend))
         feeds = random_tensors(model, session.inputs, np.random.default_rng(0))
         for _ in range(_WARM_UPS):
             session.run(feeds)

@@ -58,8 +58,9 @@ class OnnxRuntime:
         # A provider whose libraries are missing is left out with no more than a line in a log.
         if missing := [p for p in self.providers if p not in session.get_providers()]:
             raise InputError(
-                f"ONNX Runtime does not start {', '.join(missing)} and would run on {', '.join(session.get_providers())}",
+                f"ONNX Runtime does not start {', '.join(missing)}, and would go on without",
                 where="backend.providers",
+                allowed=", ".join(session.get_providers()),
             )
         return _Session(session)
 

@@ -54,7 +54,8 @@ class PartSession:
         try:
             self._loaded = self.backend.load(content, threads=threads, optimize=optimize)
         except InputError as error:
-            raise InputError(f"{part}: {error.problem}", where=error.where or model.source, allowed=error.allowed) from None
+            where = error.where or model.source
+            raise InputError(f"{part}: {error.problem}", where=where, allowed=error.allowed) from None
         self.load_s = now() - started_s
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

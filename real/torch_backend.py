@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx
 import torch
@@ -19,11 +20,11 @@ try:
 except RuntimeError:
     # Beside a torch without CUDA its own operators do not load, and importing it fails because it describes two of
     # them that nobody has declared. Declared, they can be described; a model that uses them still fails, and says so.
-    _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+    _OPERATORS: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for _name in ("nms", "qnms"):
         _OPERATORS.define(f"{_name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-from onnx2pytorch import ConvertModel  # noqa: E402
-from onnx2pytorch.convert.operations import get_buffer_name  # noqa: E402
+from onnx2pytorch import ConvertModel
+from onnx2pytorch.convert.operations import get_buffer_name
 
 # Tensors that come from another process are read-only. Nothing here writes to them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -79,7 +80,7 @@ def converted(proto: onnx.ModelProto) -> torch.nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = ConvertModel(proto).eval()
+            module: torch.nn.Module = ConvertModel(proto).eval()
     except Exception as error:  # NotImplementedError, and whatever else converting an operator raises
         raise InputError(f"onnx2pytorch cannot convert it: {one_line(error)}") from None
     # Shapes that are constant the layers know already; as tensors they would be read at every run, and stop an export.

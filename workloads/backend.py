@@ -10,7 +10,11 @@ import json
 from functools import cached_property
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from isthmus.workloads.documents import parse
+from isthmus.workloads.errors import InputError
 
 
 class BackendSpec(BaseModel):
@@ -25,6 +29,14 @@ class BackendSpec(BaseModel):
     def _by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @classmethod
+    def of(cls, text: str, *, where: object) -> BackendSpec:
+        """From YAML in one line: a name, or `{name: …, …}`. InputError if it is neither."""
+        try:
+            return parse(cls, {"name": said} if isinstance(said := yaml.safe_load(text), str) else said, where=where)
+        except yaml.YAMLError:
+            raise InputError(f"{text!r} is not YAML", where=where, allowed="openvino, or {name: openvino, …}") from None
+
     @property
     def arguments(self) -> dict[str, Any]:
         """What it is given besides its name."""
@@ -34,9 +46,12 @@ class BackendSpec(BaseModel):
     def key(self) -> str:
         """What tells it from others in names of files; empty for ONNX Runtime as it is by default."""
         if not self.arguments:
-            return "" if self == BackendSpec() else self.name.replace("/", "_")
+            return "" if self == DEFAULT else self.name.replace("/", "_")
         said = json.dumps(self.arguments, sort_keys=True, default=str)
         return f"{self.name.replace('/', '_')}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
     def __str__(self) -> str:
-        return f"{self.name} {json.dumps(self.arguments, default=str)}" if self.arguments else self.name
+        return json.dumps({"name": self.name, **self.arguments}, default=str) if self.arguments else self.name
+
+
+DEFAULT = BackendSpec()
