@@ -397,6 +397,23 @@ def bench_profile(
     emit(data) if as_json else tables.bench_profile_table(data["rows"])
 
 
+@bench.command("backends")
+def bench_backends(
+    model: Annotated[list[str] | None, typer.Option(help="Models, by name or file.", show_default="all nine")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Backends.", show_default="all that work here")] = None,
+    as_json: Json = False,
+) -> None:
+    """How far the backends' answers are from ONNX Runtime's, whole and joined at cuts, and what they take."""
+    from isthmus.experiments.bench_backends import bench_backends as measure
+    from isthmus.workloads import zoo
+
+    here = [row["name"] for row in catalogue.list_backends() if row["problem"] is None]
+    specs = [BackendSpec.of(text, where="--backend") for text in backend or here]
+    with _progress("bench backends", as_json) as move:
+        rows = measure(model or zoo.names(), specs, progress=move)
+    emit(rows) if as_json else tables.bench_backends_table(rows)
+
+
 @bench.command("sim")
 def bench_sim(
     requests: Annotated[int, typer.Option(min=1000, help="Requests of one measurement.")] = 100_000,

@@ -261,6 +261,28 @@ def bench_profile_table(rows: Rows) -> None:
     )
 
 
+def bench_backends_table(rows: Rows) -> None:
+    table(
+        "Backends, beside ONNX Runtime on the CPU",
+        ["model", "backend", "largest error>", "run, ms>", "times ORT>", "load, s>", "clock"],
+        [
+            [r["model"], r["backend"], r["problem"], "", "", "", ""]
+            if r["problem"]
+            else [
+                r["model"],
+                r["backend"],
+                f"{r['error']:.1e}",
+                f"{1e3 * r['run_s']:.1f}",
+                f"{r['relative']:.2f}",
+                f"{r['load_s']:.2f}",
+                r["clock"],
+            ]
+            for r in rows
+        ],
+        caption="error: relative to the largest number of the answer; whole, and joined at three cuts.",
+    )
+
+
 def bench_sim_table(data: Mapping[str, Any]) -> None:
     ways = [
         ("plain SimPy, the same work", "simpy", None),

@@ -1,12 +1,16 @@
 """ExecuTorch: parts become PyTorch modules, are exported, lowered to XNNPACK, and run by ExecuTorch's own runtime.
 
-Knows ExecuTorch and PyTorch. Must not know models, testbeds or Ray.
+Lowering leaves several times a part's weights in the memory of its process (ExecuTorch 1.5), so it has one of its own:
+this file, run as a program, makes a program for ExecuTorch of the ONNX on its input. Knows ExecuTorch and PyTorch. Must
+not know models, testbeds or Ray.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
@@ -27,7 +31,7 @@ from isthmus.workloads.errors import InputError
 class ExecuTorch:
     """ExecuTorch on the CPU, with XNNPACK for the operators that it has.
 
-    Loading a part converts it, which takes seconds to a minute.
+    Loading a part converts it, which takes ten seconds to a minute.
     """
 
     name = "executorch"
@@ -47,19 +51,13 @@ class ExecuTorch:
         """It always optimises. The number of threads is that of the whole process: the last one asked for."""
         if portable_lib._threadpool_get_thread_count() != threads:
             portable_lib._unsafe_reset_threadpool(threads)
-        try:
-            proto = onnx.load_from_string(graph)
-            examples = {value.name: _example(value) for value in proto.graph.input}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                exported = torch.export.export(converted(proto), tuple(examples.values()))
-                lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
-            program = lowered.to_executorch().buffer
-        except InputError:
-            raise
-        except Exception as error:  # the exporter's, the lowering's, protobuf's
-            raise InputError(f"ExecuTorch cannot convert it: {one_line(error)[:300]}") from None
-        return _Method(program, list(examples))
+        command = [sys.executable, "-c", f"from {__name__} import main; main()"]
+        path = os.pathsep.join(os.path.abspath(p) for p in sys.path)  # ours is found there as it was here
+        made = subprocess.run(command, input=graph, capture_output=True, env={**os.environ, "PYTHONPATH": path})
+        if made.returncode:
+            said = made.stderr.decode(errors="replace").strip().splitlines()
+            raise InputError(f"ExecuTorch cannot convert it: {said[-1] if said else made.returncode}")
+        return _Method(made.stdout, [value.name for value in onnx.load_from_string(graph).graph.input])
 
 
 class _Method:
@@ -72,6 +70,23 @@ class _Method:
         given = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self._inputs]
         with self._lock:
             return [output.numpy() for output in self._method.execute(given)]
+
+
+def main() -> None:
+    """ONNX on standard input becomes a program on standard output; or one line on standard error, and exit code 1."""
+    try:
+        sys.stdout.buffer.write(program(onnx.load_from_string(sys.stdin.buffer.read())))
+    except Exception as error:  # the exporter's, the lowering's, protobuf's
+        text = str(error) if isinstance(error, InputError) else one_line(error)
+        sys.exit("\n" + text[:300])
+
+
+def program(proto: onnx.ModelProto) -> bytes:
+    """A program for ExecuTorch; `proto` loses its weights to it."""
+    examples = tuple(_example(value) for value in proto.graph.input)
+    exported = torch.export.export(converted(proto), examples)
+    lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    return bytes(lowered.to_executorch().buffer)
 
 
 def _example(value: onnx.ValueInfoProto) -> torch.Tensor:

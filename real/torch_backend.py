@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 
@@ -26,8 +27,13 @@ except RuntimeError:
 from onnx2pytorch import ConvertModel
 from onnx2pytorch.convert.operations import get_buffer_name
 
-# Tensors that come from another process are read-only. Nothing here writes to them.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+# Tensors that come from another process are read-only, and nothing here writes to them. PyTorch warns of it once per
+# process: now, unheard.
+_READ_ONLY = np.zeros(1)
+_READ_ONLY.flags.writeable = False
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.from_numpy(_READ_ONLY)
 
 
 class Torch:
