@@ -5,22 +5,22 @@ Exit codes: 0 done, 1 the run failed, 2 the input is wrong. Results go to standa
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 import isthmus
-from isthmus.experiments import catalogue, execute, present, tables
+from isthmus.experiments import catalogue, cluster_cli, execute, lab_cli, present, tables
 from isthmus.experiments.compare import Comparison
 from isthmus.experiments.execute import Experiment
-from isthmus.experiments.present import messages
+from isthmus.experiments.lab import as_here, ground_here
+from isthmus.experiments.present import emit, messages
 from isthmus.experiments.run_folder import Run
 from isthmus.workloads.backend import BackendSpec
 from isthmus.workloads.errors import InputError, IsthmusError
@@ -35,6 +35,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Figures that anyone can measure again.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(lab_cli.app, name="lab")
+app.add_typer(cluster_cli.app, name="cluster")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
 File = Annotated[Path, typer.Argument(help="An experiment file (YAML).", show_default=False)]
@@ -83,12 +85,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-def emit(data: Any) -> None:
-    """JSON on standard output."""
-    json.dump(data, sys.stdout, indent=1, allow_nan=False, default=str)
-    sys.stdout.write("\n")
-
-
 @contextmanager
 def _progress(title: str, as_json: bool) -> Iterator[Progress]:
     with present.progress(title, quiet=as_json) as move:
@@ -106,6 +102,7 @@ def _load(file: Path, policies: list[str] | None, seeds: list[int] | None, reque
         for source in fields["workload"]:
             source["requests"] = requests
     changed = replace(experiment, spec=ExperimentSpec.of(fields, experiment.folder, where=file))
+    changed = as_here(changed)
     changed.check_policies()  # before anything is measured
     for model in changed.build_testbed(need_profiles=False).models.values():
         if len(model.cuts) == 2:
@@ -233,13 +230,24 @@ def _sizes(text: str | None) -> list[int]:
 def calibrate(
     file: File,
     quick: Annotated[bool, typer.Option(help="Profile in seconds, at about twice the error.")] = False,
-    keep_profiles: Annotated[bool, typer.Option(help="Only the pilot and the overheads, half a minute.")] = False,
+    keep_profiles: Annotated[bool, typer.Option(help="All but the profiles, a minute or less.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on where a calibration was broken off.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure on this machine all that simulating an experiment needs: profiles, codecs, decisions, releases."""
+    """Measure all that simulating an experiment needs: profiles on every machine, links between them, overheads."""
+    from isthmus.experiments.calibrating import calibrate as measure
+
     experiment = _load(file, None, None)
     with _progress("calibrating", as_json) as move:
-        written = execute.calibrate(experiment, quick=quick, keep_profiles=keep_profiles, progress=move)
+        ground = ground_here(experiment)
+        written = measure(
+            experiment,
+            quick=quick,
+            keep_profiles=keep_profiles,
+            resume=resume,
+            steady=None if ground is None else ground.hold,
+            progress=move,
+        )
     overheads = experiment.testbed.overheads
     if as_json:
         emit({"files": [str(p) for p in written], "overheads": overheads.model_dump()})
@@ -290,12 +298,15 @@ def run(
     requests: Requests = None,
     trace: Trace = None,
     force: Force = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Load parts when they are first wanted, not before.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run an experiment for real: actors on this machine run the parts, as slowly as the nodes that they emulate."""
+    """Run an experiment for real: nodes with a `host` on that machine, others here, as slowly as what they emulate."""
+    from isthmus.experiments.real_run import run as run_for_real
+
     experiment = _load(file, policy, seed, requests)
     with _progress("running", as_json) as move:
-        made = execute.run(experiment, out, replace=force, progress=move)
+        made = run_for_real(experiment, out, replace=force, cold=cold, ground=ground_here(experiment), progress=move)
     _show_run(made, trace, as_json)
 
 
@@ -412,6 +423,19 @@ def bench_backends(
     with _progress("bench backends", as_json) as move:
         rows = measure(model or zoo.names(), specs, progress=move)
     emit(rows) if as_json else tables.bench_backends_table(rows)
+
+
+@bench.command("real")
+def bench_real(
+    requests: Annotated[int, typer.Option(min=20, help="Requests of one measurement.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """What real runs add to the parts' own time and raw TCP, and how full a pipeline of three stages runs."""
+    from isthmus.experiments.bench_real import bench_real as measure
+
+    with _progress("bench real", as_json) as move:
+        data = measure(requests=requests, progress=move)
+    emit(data) if as_json else tables.bench_real_table(data)
 
 
 @bench.command("sim")

@@ -68,7 +68,7 @@ class Comparison:
 
     @property
     def world(self) -> str:
-        """The world of the real runs: `emulated` or `physical`; both where comparisons of both were merged."""
+        """The world of the real runs, such as `emulated`; several where comparisons of several were merged."""
         worlds = {part.real.world for part in (self.parts or (self,)) if part.real is not None}
         return " and ".join(sorted(worlds))
 
@@ -138,8 +138,8 @@ def compare(
     if simulated.world != "simulated":
         raise InputError(f"is a run in the {simulated.world} world", where=simulated.folder, allowed="simulated")
     for run in (real, *([repeat] if repeat else [])):
-        if run.world not in ("emulated", "physical"):
-            raise InputError(f"is a run in the {run.world} world", where=run.folder, allowed="emulated, physical")
+        if run.world == "simulated":
+            raise InputError("is a simulation", where=run.folder, allowed="a real run: emulated, lab, mixed, physical")
         _check_same(simulated, run)
     if repeat is not None and repeat.world != real.world:
         raise InputError(

@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 
+from isthmus.experiments.calibrating import calibrate
 from isthmus.experiments.compare import Comparison, compare, merge
-from isthmus.experiments.execute import Experiment, calibrate, run, simulate
+from isthmus.experiments.execute import Experiment, simulate
+from isthmus.experiments.real_run import run
 from isthmus.experiments.report import write_report
 from isthmus.experiments.run_folder import Run
 from isthmus.workloads.documents import write_text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,12 @@ _WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
 console = Console(width=_WIDTH)
 messages = Console(stderr=True)
 """For what is not the result: progress, notes, errors. Standard output stays clean for --json."""
+
+
+def emit(data: Any) -> None:
+    """JSON on standard output."""
+    json.dump(data, sys.stdout, indent=1, allow_nan=False, default=str)
+    sys.stdout.write("\n")
 
 
 @contextmanager

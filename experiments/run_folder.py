@@ -45,6 +45,7 @@ from isthmus.sim.node import NodeTotals
 from isthmus.workloads.documents import parse
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.experiment import ExperimentSpec
+from isthmus.workloads.link_costs import LinkCosts
 from isthmus.workloads.requests import Request
 from isthmus.workloads.service import Measured
 from isthmus.workloads.testbed import Testbed, TestbedSpec, profile_path
@@ -292,7 +293,7 @@ class Run:
 
     @property
     def world(self) -> str:
-        """`simulated`, `emulated` or `physical`."""
+        """`simulated`, `emulated`, `lab`, `mixed` or `physical`."""
         return str(self.facts["world"])
 
     @property
@@ -379,6 +380,8 @@ def _keep_inputs(folder: Path, testbed: Testbed) -> None:
             profile = service.profile
             profile.save(profile_path(store, model, profile.machine.label, profile.measured_with))
     testbed.overheads.save(store)
+    if testbed.measured_links:
+        LinkCosts(links=tuple(testbed.measured_links.values())).save(store)
     for file in testbed.spec.traces:
         if (copy := folder / _trace(file)[0]) != Path(file):
             copy.parent.mkdir(exist_ok=True)

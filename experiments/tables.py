@@ -305,6 +305,25 @@ def bench_sim_table(data: Mapping[str, Any]) -> None:
     )
 
 
+def bench_real_table(data: Mapping[str, Any]) -> None:
+    """What the real side adds, in milliseconds and as a ratio."""
+    table(
+        "Two stages on two processes of this machine, per request; medians in ms",
+        ["model", "latency>", "parts alone>", "raw TCP>", "KiB crossing>", "ratio>"],
+        [
+            [r["model"], *(f"{1e3 * r[k]:.2f}" for k in ("latency_s", "compute_s", "raw_tcp_s")),
+             f"{r['bytes'] / 1024:.0f}", f"{r['ratio']:.3f}"]
+            for r in data["two_stage"]
+        ],
+        caption="ratio: latency / (the parts' own time in ONNX Runtime + raw TCP of the same bytes), in one run.",
+    )  # fmt: skip
+    stages = ", ".join(f"{1e3 * s:.1f}" for s in data["pipeline_stages_s"])
+    console.print(
+        f"A pipeline of three stages of {data['pipeline_model']} ({stages} ms) answers {data['pipeline_per_s']:.2f} "
+        f"requests per second: {data['pipeline_efficiency']:.0%} of what its slowest stage alone could."
+    )
+
+
 def bench_scale_table(rows: Rows) -> None:
     table(
         "What a request costs to simulate",

@@ -13,10 +13,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -62,11 +62,10 @@ class Server(Protocol):
 
     def payload(self, request: Request) -> tuple[Tensors, Tensors]: ...
 
-    def send(
-        self, node: str, letter: Letter, arrays: Sequence[Array], received: Callable[[], None] | None = None
-    ) -> None: ...
+    def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None: ...
 
-    def tell_lost(self, letter: Letter, reason: str) -> None: ...
+    def note(self, node: str, what: str, letter: Letter, value: Any) -> None:
+        """Tell another node's cell something about an attempt: call `what` there, with number, attempt and value."""
 
 
 @dataclass(slots=True)
@@ -103,7 +102,7 @@ class NodeCell:
         self._gathering: dict[tuple[str, int, int, int], _Gathering] = {}
         self._lock = threading.Lock()
         self._noise: dict[str, Uniforms] = {}
-        self._refusals: deque[str] = deque()
+        self.refusals: deque[str] = deque()
         kind = HostSlots if self._node.physical else EmulatedSlots
         self._slots: Slots = kind(self._node, self.clock, self._compute, self.failed)
         self._send = Timeline(self.clock, "send", self.failed)
@@ -135,14 +134,21 @@ class NodeCell:
         if self._source is not None:
             self._source.node_is(node, up=up)
 
+    # Notes of other nodes, about requests that arose here
+
     def lost(self, number: int, attempt: int, reason: str) -> None:
-        """Of a request that arose here, an attempt will not be answered."""
+        """An attempt will not be answered."""
         if self._source is not None:
             self._source.lost(number, attempt, reason)
 
+    def got(self, number: int, attempt: int, load: int) -> None:
+        """The first node of a physical link has what the source sent: its last byte left about a round trip ago."""
+        if self._source is not None:
+            self._source.sent(number, attempt, load, self.clock.now_s)
+
     def collect(self) -> Collected:
         records, decisions, done = ([], [], True) if self._source is None else self._source.collect()
-        refusals = [self._refusals.popleft() for _ in range(len(self._refusals))]
+        refusals = [self.refusals.popleft() for _ in range(len(self.refusals))]
         return Collected(records, decisions, done, self.failure, refusals)
 
     def _pace(self, begun_s: float, cpu_s: float) -> float:
@@ -180,11 +186,18 @@ class NodeCell:
         if letter.plan.codecs:
             entry_s = self._pace(letter.at_s, time.thread_time() - began)
         spans = took(Kind.ENCODE, self.name, letter.at_s, entry_s, letter.attempt, message.source)
-        letter = replace(letter, at_s=entry_s, spans=letter.spans + spans)
-        self._send.at(entry_s, partial(self._hop, message, letter, arrays))
+        self._enter(message, replace(letter, at_s=entry_s, spans=letter.spans + spans), arrays)
+
+    def _enter(self, message: Message, letter: Letter, arrays: Sequence[Array]) -> None:
+        """The next link, at `letter.at_s`: emulated links in order of time, physical ones as soon as it is time."""
+        hop = partial(self._hop, message, letter, arrays)
+        if message.links[letter.hop] not in self._transmitters and letter.at_s <= self.clock.now_s:
+            hop()
+        else:
+            self._send.at(letter.at_s, hop)
 
     def _hop(self, message: Message, letter: Letter, arrays: Sequence[Array]) -> None:
-        """Over the next link, entered at `letter.at_s`; on the send thread, so entries are in order."""
+        """Over the next link, entered at `letter.at_s`."""
         link = message.links[letter.hop]
         load, entry_s, place = message.load + letter.hop, letter.at_s, place_of(link)
         lost = self._losses is not None and self._losses.takes(
@@ -205,28 +218,23 @@ class NodeCell:
     def _hand_over(self, message: Message, letter: Letter, arrays: Sequence[Array], *, lost: bool) -> None:
         """To a physical link. One that a fault holds up is given nothing until then."""
         link = message.links[letter.hop]
-        now_s, load = self.clock.now_s, message.load + letter.hop
+        now_s = self.clock.now_s
         ends_s = max((f.end_s for f in self._outages if {*f.link} == {*link} and f.down <= now_s < f.end_s), default=0)
         if ends_s > now_s:
             if ends_s < float("inf"):
                 self._send.at(ends_s, partial(self._hop, message, letter, arrays))
             return
-        round_trip_s = self.testbed.links[link].latency_s + self.testbed.links[link[::-1]].latency_s
-
-        def received() -> None:
-            self._tell_sent(letter, load, max(now_s, self.clock.now_s - round_trip_s))
-
         waited = took(Kind.WAIT, place_of(link), letter.at_s, now_s, letter.attempt, message.source)
         if not lost:
             onward = replace(letter, hop=letter.hop + 1, at_s=now_s, spans=letter.spans + waited)
-            self.server.send(link[1], onward, arrays, received if self._is_source(letter) else None)
+            self.server.send(link[1], onward, arrays)
 
     def _is_source(self, letter: Letter) -> bool:
         return self._source is not None and letter.request.source == self.name
 
     def _tell_sent(self, letter: Letter, load: int, left_s: float) -> None:
         if self._source is not None and self._is_source(letter):
-            self._source.sent(letter.request, letter.attempt, load, left_s)
+            self._source.sent(letter.number, letter.attempt, load, left_s)
 
     def delivered(self, letter: Letter, arrays: Sequence[Array]) -> None:
         """A message is here. What is wrong with it is the sender's fault: its attempt is lost, and the node goes on."""
@@ -235,7 +243,7 @@ class NodeCell:
             message = compiled.messages[letter.message]
             letter = self._stamped(letter, message)
             if letter.hop < len(message.links):
-                self._send.at(letter.at_s, partial(self._hop, message, letter, arrays))
+                self._enter(message, letter, arrays)
                 return
             began = time.thread_time()
             tensors: dict[str, Array] = {}
@@ -244,8 +252,8 @@ class NodeCell:
                 parts = tuple(rest.pop(0) for _ in range(codec(c).arrays))
                 tensors[name] = codec(c).decode(parts, np.dtype(compiled.model.tensors[name].dtype))
         except InputError as error:
-            self._refusals.append(str(error))
-            self.server.tell_lost(letter, f"{self.name} refused a message: {error}")
+            self.refusals.append(str(error))
+            self.server.note(letter.request.source, "lost", letter, f"{self.name} refused a message: {error}")
             return
         ready_s = letter.at_s
         if letter.plan.codecs:
@@ -261,6 +269,8 @@ class NodeCell:
             return replace(letter, at_s=now_s, overruns=letter.overruns + 1) if late else letter
         with self._lock:
             before_s, self._arrived_s[link] = self._arrived_s.get(link, 0.0), now_s
+        if link[0] == letter.request.source:
+            self.server.note(link[0], "got", letter, message.load + letter.hop - 1)
         # The link is free for its first byte when the last byte of the one before has left.
         start_s = min(max(letter.at_s, before_s - self.testbed.links[link].latency_s), now_s)
         place, attempt, stage = place_of(link), letter.attempt, message.source

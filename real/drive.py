@@ -68,6 +68,7 @@ def run_cell(
     for fault in faults:
         check_place(fault, fleet.testbed)
     faults = merged(faults)
+    fleet.read_clocks()
     lead_s = _LEAD_S
     while True:
         epoch = time.monotonic() + lead_s
@@ -87,7 +88,7 @@ def run_cell(
 
 def at_host(cell: Cell, fleet: Fleet, node: str) -> Cell:
     """The cell on the clock of a node's host."""
-    return replace(cell, epoch=cell.epoch + fleet.offsets_s.get(node, 0.0))
+    return replace(cell, epoch=cell.epoch + (fleet.offsets[node].offset_s if node in fleet.offsets else 0.0))
 
 
 class _Driving:

@@ -8,19 +8,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
 from isthmus.policies.plan import Plan
+from isthmus.real.clocks import Offset, Reading, offset
 from isthmus.real.cluster import ActorGone, on_this_machine, results, start_actor
 from isthmus.real.model_files import packed
 from isthmus.real.node import NodeServer
 from isthmus.workloads.cluster import resource
 from isthmus.workloads.errors import RunFailure
 from isthmus.workloads.model import Part
+from isthmus.workloads.profile import Machine
 from isthmus.workloads.testbed import Testbed
 
 _PATIENCE_S = 120
+_READINGS = 12
 
 
 @dataclass
@@ -32,8 +36,8 @@ class Fleet:
 
     ray: Any
     testbed: Testbed
-    offsets_s: dict[str, float] = field(default_factory=dict)
-    """By node: what its host's monotonic clock shows when this one's shows 0."""
+    offsets: dict[str, Offset] = field(default_factory=dict)
+    """By node: how its host's clock differs from this one's."""
     _actors: dict[str, Any] = field(default_factory=dict)
     _watches: dict[Any, str] = field(default_factory=dict)
     _spares: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +87,25 @@ class Fleet:
                 self._answers[node] = (model, seed)
                 ready.append(self._actors[node].prepare_answers.remote(model, seed))
         self._get(ready)
+
+    def read_clocks(self) -> None:
+        """Find out anew how the clocks of all hosts differ from this one's."""
+        for node, actor in self._actors.items():
+            self.offsets[node] = offset(partial(self._read, actor), _READINGS)
+
+    def _read(self, actor: Any) -> Reading:
+        whose, shows = self._get([actor.reading.remote()])[0]
+        return whose, shows
+
+    def machines(self) -> dict[str, Machine]:
+        """Where each node is, as its actor finds it."""
+        nodes = list(self._actors)
+        found = self._get([self._actors[n].machine.remote(self.testbed.nodes[n].host or "host") for n in nodes])
+        return dict(zip(nodes, found, strict=True))
+
+    def clocks(self) -> dict[str, dict[str, float]]:
+        """For the record: the offsets as they were read last, and how well they are known."""
+        return {n: {"offset_s": o.offset_s, "error_s": o.error_s} for n, o in self.offsets.items()}
 
     def next_cell(self) -> int:
         return int(next(self._cells))
@@ -135,7 +158,7 @@ class Fleet:
     def welcome(self, node: str) -> None:
         """Let a revived actor take its node's place."""
         self._join(node, self._spares.pop(node))
-        self._introduce()
+        self._introduce(node)
 
     def _heal(self) -> None:
         """Fresh actors for nodes that are gone, so that a fault of one cell does not reach into the next."""
@@ -163,21 +186,31 @@ class Fleet:
                 )
 
     def _start(self, node: str) -> Any:
-        where: dict[str, Any] = {}
-        if self.testbed.spec.cluster is not None:
-            host = self.testbed.nodes[node].host
-            where = on_this_machine(self.ray) if host is None else {"resources": {resource(host): 0.001}}
-        return start_actor(self.ray, NodeServer, node, self._shared, self._files, **where)
+        where = placed(self.ray, self.testbed, node)
+        address = "127.0.0.1" if self.testbed.spec.cluster is None else None
+        return start_actor(self.ray, NodeServer, node, self._shared, self._files, address, **where)
 
     def _join(self, node: str, actor: Any) -> None:
         self._actors[node] = actor
         self._watches[actor.watch.remote()] = node
 
-    def _introduce(self) -> None:
-        self._get([actor.connect.remote(self._actors) for actor in self._actors.values()])
+    def _introduce(self, fresh: str | None = None) -> None:
+        """Let all actors know where the others are; a fresh one first, so that it knows who speaks to it."""
+        nodes = list(self._actors)
+        peers = dict(zip(nodes, self._get([self._actors[n].address.remote() for n in nodes]), strict=True))
+        for some in [[fresh], [n for n in nodes if n != fresh]] if fresh else [nodes]:
+            self._get([self._actors[n].connect.remote(peers) for n in some])
 
     def _get(self, references: list[Any]) -> list[Any]:
         return results(self.ray, references)
+
+
+def placed(ray: Any, testbed: Testbed, node: str) -> dict[str, Any]:
+    """Ray's options for an actor that belongs on the machine of a node."""
+    if testbed.spec.cluster is None:
+        return {}
+    host = testbed.nodes[node].host
+    return on_this_machine(ray) if host is None else {"resources": {resource(host): 0.001}}
 
 
 def _order(part: Part) -> tuple[str, int]:

@@ -1,14 +1,20 @@
-"""What the actors of one cell say to each other and to the driver. Data only."""
+"""What the actors of one cell say to each other and to the driver. Data only: letters are written as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from isthmus.policies.plan import Plan
 from isthmus.policies.records import Kind, Record, Span
-from isthmus.real.backend import Array
+from isthmus.real.session import Array
+from isthmus.workloads.errors import InputError
 from isthmus.workloads.faults import Fault
 from isthmus.workloads.requests import Request
 
@@ -78,3 +84,70 @@ def took(
 def place_of(link: tuple[str, str]) -> str:
     """As spans name it."""
     return f"{link[0]}>{link[1]}"
+
+
+Shapes = Sequence[tuple[np.dtype[Any], tuple[int, ...]]]
+"""Of the tensors that go with a letter."""
+_KINDS = {kind.value: kind for kind in Kind}
+_read_plan = lru_cache(maxsize=4096)(Plan.from_json)
+
+
+def letter_to(letter: Letter, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> bytes:
+    """As it goes over the wire."""
+    said = [
+        letter.cell, letter.plan.to_json(), letter.request, letter.attempt, letter.message, letter.hop, letter.at_s,
+        letter.spans, letter.overruns, letter.tolerance, shapes,
+    ]  # fmt: skip
+    return json.dumps(said).encode()
+
+
+def letter_from(content: bytes) -> tuple[Letter, Shapes]:
+    """What `letter_to` wrote. InputError for anything else; whether its plan is possible, its receiver finds out."""
+    try:
+        cell, plan, request, attempt, message, hop, at_s, spans, overruns, tolerance, shapes = json.loads(content)
+        letter = Letter(
+            _whole(cell), _read_plan(plan), _request(request), _whole(attempt), _whole(message), _whole(hop),
+            _number(at_s), tuple(map(_span, spans)), _whole(overruns), _number(tolerance),
+        )  # fmt: skip
+        return letter, [(_dtype(dtype), tuple(map(_whole, shape))) for dtype, shape in shapes]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"not a letter: {type(error).__name__}: {error}") from None
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not -1 <= value < 2**53:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _dtype(value: Any) -> np.dtype[Any]:
+    dtype = np.dtype(_text(value))
+    if dtype.kind not in "biuf":
+        raise ValueError(f"tensors of {value!r}")
+    return dtype
+
+
+def _request(value: Any) -> Request:
+    number, source, model, arrival_s, deadline_s, timeout_s, priority = value
+    deadline_s, timeout_s = (None if it is None else _number(it) for it in (deadline_s, timeout_s))
+    if type(priority) is not int:
+        raise ValueError(f"{priority!r} is no priority")
+    return Request(_whole(number), _text(source), _text(model), _number(arrival_s), deadline_s, timeout_s, priority)
+
+
+def _span(value: Any) -> Span:
+    kind, place, start_s, end_s, attempt, stage, size = value
+    bytes_ = None if size is None else _whole(size)
+    return Span(_KINDS[kind], _text(place), _number(start_s), _number(end_s), _whole(attempt), _whole(stage), bytes_)

@@ -7,46 +7,62 @@ A plain class that `cluster.py` makes an actor of. Knows sessions and its peers'
 from __future__ import annotations
 
 import gc
+import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from isthmus.policies.contract import Policy
-from isthmus.real.backend import Array, backend
+from isthmus.real.backend import backend
 from isthmus.real.cell import NodeCell
+from isthmus.real.clocks import Reading, reading
+from isthmus.real.cluster import own_address
 from isthmus.real.letters import Cell, Collected, Letter, Tensors
 from isthmus.real.model_files import Files, unpacked
 from isthmus.real.pressure import Usage
-from isthmus.real.session import PartSession, random_input, random_tensors
+from isthmus.real.profiler import this_machine
+from isthmus.real.session import Array, PartSession, random_input, random_tensors
+from isthmus.real.wire import Address, Wire
+from isthmus.workloads.errors import InputError
 from isthmus.workloads.model import Part, model_proto
+from isthmus.workloads.profile import Machine
 from isthmus.workloads.requests import Request
 from isthmus.workloads.testbed import Testbed
 
+_NOTES = {"lost": str, "got": int}
+"""What cells tell each other besides letters, and of what type."""
 PAYLOADS = 4
 """Different inputs that the requests of a run take in turn; each has a reference answer."""
 _WARM_UPS = 5
 
 
 class NodeServer:
-    def __init__(self, name: str, testbed: Testbed, files: Mapping[str, Files]) -> None:
-        """`files` are those of the models, for machines that do not have them."""
+    def __init__(self, name: str, testbed: Testbed, files: Mapping[str, Files], address: str | None) -> None:
+        """`files` are those of the models, for machines that do not have them.
+
+        `address` is what its wire listens on; by default that of its machine in the cluster.
+        """
         here = {n: unpacked(model, files[n]) for n, model in testbed.models.items()}
         self.name, self.testbed = name, replace(testbed, models=here)
         self.node = testbed.nodes[name]
         self._sessions: dict[Part, PartSession] = {}
         self._references: dict[str, list[tuple[Tensors, Tensors]]] = {}
-        self._peers: dict[str, Any] = {}
         self._cell: NodeCell | None = None
         self._gone = threading.Event()
+        self._wire = Wire(address or own_address(), self._delivered, self._told, self._refused)
 
     # Called by the driver
 
-    def connect(self, peers: Mapping[str, Any]) -> None:
-        """Handles of all actors, by node."""
-        self._peers = dict(peers)
+    def address(self) -> Address:
+        """Where other nodes reach it."""
+        return self._wire.address
+
+    def connect(self, peers: Mapping[str, Address]) -> None:
+        """Where all nodes are."""
+        self._wire.connect(peers)
 
     def load(self, parts: Sequence[Part]) -> None:
         """Have exactly these parts resident and warm."""
@@ -103,10 +119,17 @@ class NodeServer:
     def ready(self) -> str:
         return self.name
 
-    # Called by peers
+    def machine(self, label: str) -> Machine:
+        """What it runs on."""
+        return this_machine(label)
 
-    def deliver(self, letter: Letter, *arrays: Array) -> None:
-        """A message; over an emulated link ahead of the time at which that delivers it."""
+    def reading(self) -> Reading:
+        """Of its host's clock."""
+        return reading()
+
+    # From the wire
+
+    def _delivered(self, letter: Letter, arrays: Sequence[Array]) -> None:
         cell = self._cell
         if cell is not None and cell.cell.id == letter.cell:
             try:
@@ -114,11 +137,22 @@ class NodeServer:
             except Exception as error:  # the sender does not wait for an answer, so the driver has to hear of it
                 cell.failed(error)
 
-    def lost(self, cell_id: int, number: int, attempt: int, reason: str) -> None:
-        """An attempt at a request that arose here will not be answered."""
+    def _told(self, note: bytes) -> None:
+        """InputError for what is no note."""
+        try:
+            what, cell_id, number, attempt, value = json.loads(note)
+            known = type(number) is type(attempt) is int and type(value) is _NOTES[what]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            known = False
+        if not known:
+            raise InputError(f"not a note: {note[:80]!r}")
         cell = self._cell
         if cell is not None and cell.cell.id == cell_id:
-            cell.lost(number, attempt, reason)
+            getattr(cell, what)(number, attempt, value)
+
+    def _refused(self, why: str) -> None:
+        if self._cell is not None:
+            self._cell.refusals.append(why)
 
     # For the cell
 
@@ -147,22 +181,10 @@ class NodeServer:
         """Inputs and reference answer of a request."""
         return self._references[request.model][request.number % PAYLOADS]
 
-    def send(
-        self, node: str, letter: Letter, arrays: Sequence[Array], received: Callable[[], None] | None = None
-    ) -> None:
-        """Pass a message on. One to a node that is gone is lost; its dispatcher learns of it from the driver.
+    def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None:
+        """Pass a message on. One to a node that is gone is lost; its dispatcher learns of it from the driver."""
+        self._wire.send(node, letter, arrays)
 
-        `received` is called when the other node has it, on a thread of Ray's.
-        """
-        peer = self._peers.get(node)
-        if peer is None:
-            return
-        reference = peer.deliver.remote(letter, *arrays)
-        if received is not None:
-            reference.future().add_done_callback(lambda done: None if done.exception() else received())
-
-    def tell_lost(self, letter: Letter, reason: str) -> None:
-        """Let the source of a request know that an attempt at it will not be answered."""
-        peer = self._peers.get(letter.request.source)
-        if peer is not None:
-            peer.lost.remote(letter.cell, letter.number, letter.attempt, reason)
+    def note(self, node: str, what: str, letter: Letter, value: Any) -> None:
+        """Tell the cell of another node something about an attempt."""
+        self._wire.tell(node, json.dumps([what, letter.cell, letter.number, letter.attempt, value]).encode())

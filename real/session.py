@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import onnx
 
-from isthmus.real.backend import CLOCKS, Array, Backend, one_line
+from isthmus.real.backend import CLOCKS, Backend, one_line
+from isthmus.real.backend import Array as Array
 from isthmus.real.backend import backend as find_backend
 from isthmus.real.cutter import cut_out
 from isthmus.workloads.errors import InputError, RunFailure

@@ -80,8 +80,8 @@ class SourceCell:
         """Something that has to be done before the dispatcher is told."""
         self._timeline.at(at_s, call)
 
-    def sent(self, request: Request, attempt: int, load: int, at_s: float) -> None:
-        self._timeline.at(at_s, lambda: self._dispatcher.sent(request.number, attempt, load, at_s))
+    def sent(self, number: int, attempt: int, load: int, at_s: float) -> None:
+        self._timeline.at(at_s, lambda: self._dispatcher.sent(number, attempt, load, at_s))
 
     def stage_done(self, request: Request, attempt: int, stage: int, at_s: float) -> None:
         self._timeline.at(at_s, lambda: self._dispatcher.stage_done(request.number, attempt, stage, at_s))

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from isthmus.experiments.execute import Experiment, check_emulation, simulate
+from isthmus.experiments.execute import Experiment, simulate
+from isthmus.experiments.real_run import check_real
 from isthmus.experiments.schemas import schemas
 from isthmus.experiments.traces import find_traces
 from isthmus.workloads.errors import InputError
@@ -115,8 +116,8 @@ def test_what_no_emulation_has_is_refused_there(chain, more, media, field):
     workload = [{"node": "device", "model": "chain", "arrivals": {"kind": "poisson", "rate": 1}, "requests": 1}]
     experiment = Experiment.of({"testbed": testbed, "workload": workload, "policies": ["remote"]})
     if field is None:
-        assert check_emulation(experiment) == []
+        assert check_real(experiment) == []
         return
     with pytest.raises(InputError) as caught:
-        check_emulation(experiment)
+        check_real(experiment)
     assert f"{field}: is simulated only, so far" in str(caught.value)

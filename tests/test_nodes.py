@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from isthmus.experiments.execute import Experiment, check_emulation
+from isthmus.experiments.execute import Experiment
+from isthmus.experiments.real_run import check_real
 from isthmus.policies.dispatch import PolicyFailure
 from isthmus.policies.estimators import Estimators
 from isthmus.policies.least_delay import LeastDelay
@@ -729,10 +730,10 @@ def test_a_real_run_refuses_what_it_does_not_model(chain):
             }
         )
 
-    assert check_emulation(experiment(power={"idle": 1}, slots=3)) == []
+    assert check_real(experiment(power={"idle": 1}, slots=3)) == []
     for field, value in [("discipline", "edf"), ("room", 3), ("speed", 0.5), ("memory", "1GB")]:
         with pytest.raises(InputError, match=rf"nodes\.device: `{field}` is simulated only so far"):
-            check_emulation(experiment(**{field: value}))
+            check_real(experiment(**{field: value}))
 
 
 def test_the_readmes_nodes_are_read(chain):

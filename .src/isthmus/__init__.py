@@ -20,7 +20,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from isthmus.experiments.compare import Comparison, compare
-    from isthmus.experiments.execute import Experiment, calibrate, run, simulate
+    from isthmus.experiments.calibrating import calibrate
+    from isthmus.experiments.execute import Experiment, simulate
+    from isthmus.experiments.real_run import run
+    from isthmus.experiments.real_run import run
     from isthmus.experiments.report import write_report
     from isthmus.experiments.run_folder import Run
     from isthmus.experiments.trace import write_trace
@@ -37,7 +40,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "experiments.compare": ("Comparison", "compare"),
-    "experiments.execute": ("Experiment", "calibrate", "run", "simulate"),
+    "experiments.calibrating": ("calibrate",),
+    "experiments.execute": ("Experiment", "simulate"),
+    "experiments.real_run": ("run",),
     "experiments.report": ("write_report",),
     "experiments.run_folder": ("Run",),
     "experiments.trace": ("write_trace",),
