@@ -71,6 +71,24 @@ def policies_table(rows: Rows) -> None:
     )
 
 
+def backends_table(rows: Rows) -> None:
+    table(
+        "Backends",
+        ["name", "version", "devices", "what it is, or why it is not here", "arguments"],
+        [
+            [
+                r["name"],
+                r["version"] or "–",
+                ", ".join(r["devices"]),
+                r["problem"] or r["about"],
+                ", ".join(f"{k}={v}" for k, v in r["arguments"].items()),
+            ]
+            for r in rows
+        ],
+        caption="Your own: module:Class, or the entry-point group isthmus.backends of any installed package.",
+    )
+
+
 def traces_table(traces: Sequence[Trace], rows: Rows) -> None:
     def mbit(row: Mapping[str, Any], which: str) -> str:
         return f"{row[f'{which}_bytes_per_s'] * 8e-6:.3g}"
@@ -296,6 +314,28 @@ def bench_profile_table(rows: Rows) -> None:
         "Predicted time of parts that were not measured, against measuring them",
         ["model", "parts>", "mean error>", "worst>", "sessions>"],
         [[r["model"], r["parts"], percent(r["mean_error"]), percent(r["worst_error"]), r["sessions"]] for r in rows],
+    )
+
+
+def bench_backends_table(rows: Rows) -> None:
+    table(
+        "Backends, beside ONNX Runtime on the CPU",
+        ["model", "backend", "largest error>", "run, ms>", "times ORT>", "load, s>", "clock"],
+        [
+            [r["model"], r["backend"], r["problem"], "", "", "", ""]
+            if r["problem"]
+            else [
+                r["model"],
+                r["backend"],
+                f"{r['error']:.1e}",
+                f"{1e3 * r['run_s']:.1f}",
+                f"{r['relative']:.2f}",
+                f"{r['load_s']:.2f}",
+                r["clock"],
+            ]
+            for r in rows
+        ],
+        caption="error: relative to the largest number of the answer; whole, and joined at three cuts.",
     )
 
 
