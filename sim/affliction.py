@@ -77,4 +77,4 @@ class Losses:
         request, attempt = token.start.request, token.start.attempt
         key = place, request.source
         noise = self._noise.setdefault(key, Uniforms(self._seed, "loss", *key))
-        return noise[(request.number * 8 + attempt) * 64 + token.leg.load % 64] >= survives
+        return noise[(request.number * 8 + attempt) * 64 + token.leg.cargo.load % 64] >= survives

@@ -63,7 +63,7 @@ class CellLink:
 
     def _take_back(self, token: Token, now_s: float) -> None:
         """Spans that were to be: a message waits and is sent until it is cut off, and that is no evidence of a rate."""
-        spans, stage = token.spans, token.leg.source
+        spans, stage = token.spans, token.leg.cargo.source
         if spans is not None:
             for i in reversed(range(len(spans))):
                 span = spans[i]

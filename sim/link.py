@@ -85,8 +85,8 @@ class FifoLink:
 
     def carry(self, token: Token, now_s: float) -> float:
         """A message enters; the time at which its last byte leaves, infinity where the link is cut for ever."""
-        leg, constant, start_s = token.leg, self._constant, self._free_s
-        size = leg.bytes
+        cargo, constant, start_s = token.leg.cargo, self._constant, self._free_s
+        size = cargo.bytes
         if start_s > now_s:
             if start_s < INFINITY:
                 self._waited_s += start_s - now_s
@@ -108,9 +108,9 @@ class FifoLink:
         if spans is not None:
             attempt = token.start.attempt
             if start_s > now_s:
-                spans.append(new(Span, (WAIT, self.place, now_s, start_s, attempt, leg.source, None)))
+                spans.append(new(Span, (WAIT, self.place, now_s, start_s, attempt, cargo.source, None)))
             if arrived_s > start_s:
-                spans.append(new(Span, (SEND, self.place, start_s, arrived_s, attempt, leg.source, size)))
+                spans.append(new(Span, (SEND, self.place, start_s, arrived_s, attempt, cargo.source, size)))
         token.at_s, token.callbacks = arrived_s, self._arrived
         if arrived_s < INFINITY:
             self._push((arrived_s, 1, self._tick(), token))

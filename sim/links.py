@@ -102,7 +102,7 @@ class _TcpLink:
 
     def _enter(self, token: Token) -> tuple[float, list[float]]:
         """The bytes of a message on the wire, and those that are sent again in each round."""
-        size = token.leg.bytes
+        size = token.leg.cargo.bytes
         self._messages += 1
         self._bytes += size
         wire = size + self._link.overhead_bytes
@@ -120,7 +120,7 @@ class _TcpLink:
             arrived_s += self._link.jitter.quantile_s(self._luck("jitter", _passage(token)))
         arrived_s = max(arrived_s, not_before_s)
         if token.spans is not None:
-            attempt, stage, size = token.start.attempt, token.leg.source, token.leg.bytes
+            attempt, stage, size = token.start.attempt, token.leg.cargo.source, token.leg.cargo.bytes
             if start_s > entered_s:
                 token.spans.append(Span(WAIT, self.place, entered_s, start_s, attempt, stage))
             if arrived_s > start_s:
@@ -131,7 +131,7 @@ class _TcpLink:
 
 def _passage(token: Token) -> Passage:
     request, leg = token.start.request, token.leg
-    return Passage(request.source, request.number, token.start.attempt, leg.nth[token.hop])
+    return Passage(request.source, request.number, token.start.attempt, leg.cargo.nth[token.hop])
 
 
 class TcpFifoLink(_TcpLink):
@@ -251,7 +251,7 @@ class FairLink(_TcpLink):
             self._over(crossing, now_s)
             token = crossing.token
             if token.spans is not None and now_s > crossing.start_s:
-                sent = Span(SEND, self.place, crossing.start_s, now_s, token.start.attempt, token.leg.source)
+                sent = Span(SEND, self.place, crossing.start_s, now_s, token.start.attempt, token.leg.cargo.source)
                 token.spans.append(sent)  # without bytes: it is no evidence of a rate
         self._window = self._first_window
 

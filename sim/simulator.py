@@ -374,11 +374,12 @@ class _Simulation:
             self._stranded.append((token, since_s))
             return
         # The source knows the loads of its plan; of those of another way it only knows that the message left.
-        tells, nth = (leg.tells[hop] and hop == 0, *(False for _ in links[1:])), (leg.nth[hop],) * len(links)
+        cargo = leg.cargo
+        tells, nth = (cargo.tells[hop] and hop == 0, *(False for _ in links[1:])), (cargo.nth[hop],) * len(links)
         nodes, carriers = tuple(self.nodes[name] for name in path), tuple(self.links[link] for link in links)
-        token.leg, token.hop = replace(leg, nodes=nodes, links=carriers, tells=tells, nth=nth), 0
+        token.leg, token.hop = Leg(replace(cargo, tells=tells, nth=nth), nodes, carriers), 0
         if now > since_s and token.spans is not None:
-            span = Span(WAIT, carriers[0].place, since_s, now, token.start.attempt, leg.source)
+            span = Span(WAIT, carriers[0].place, since_s, now, token.start.attempt, cargo.source)
             token.spans.append(span)
         self._enter(token, now)
 
@@ -410,12 +411,12 @@ class _Simulation:
             for leg in legs[:-1]:
                 self._send(token.fork(), (leg,), now)
         leg = token.leg = legs[-1]
-        token.hop = 0
+        cargo, token.hop = leg.cargo, 0
         if not leg.links:
             self._received(token, now)
-        elif leg.encode_s > 0:
-            self._took(token, Kind.ENCODE, leg.nodes[0], now, now + leg.encode_s, leg.source)
-            self.clock.arm(token, now + leg.encode_s, (self._encoded,))
+        elif cargo.encode_s > 0:
+            self._took(token, Kind.ENCODE, leg.nodes[0], now, now + cargo.encode_s, cargo.source)
+            self.clock.arm(token, now + cargo.encode_s, (self._encoded,))
         else:
             self._enter(token, now)
 
@@ -446,9 +447,9 @@ class _Simulation:
             self._tell_sent(token, at_s)
 
     def _tell_sent(self, token: Token, at_s: float) -> None:
-        leg, hop, start = token.leg, token.hop, token.start
-        if leg.tells[hop]:
-            token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, at_s)
+        cargo, hop, start = token.leg.cargo, token.hop, token.start
+        if cargo.tells[hop]:
+            token.home.dispatcher.sent(start.request.number, start.attempt, cargo.load + hop, at_s)
 
     def _arrived(self, token: Token) -> None:
         """At the far end of a link. A node that is down neither receives nor forwards."""
@@ -461,9 +462,9 @@ class _Simulation:
             self._carry_out(home, said, now)
         elif hop < len(leg.links):
             self._enter(token, now)
-        elif leg.decode_s > 0:
-            self._took(token, Kind.DECODE, leg.nodes[hop], now, now + leg.decode_s, leg.source)
-            self.clock.arm(token, now + leg.decode_s, self._received_at)
+        elif (decode_s := leg.cargo.decode_s) > 0:
+            self._took(token, Kind.DECODE, leg.nodes[hop], now, now + decode_s, leg.cargo.source)
+            self.clock.arm(token, now + decode_s, self._received_at)
         else:
             self._received(token, now)
 
@@ -479,7 +480,7 @@ class _Simulation:
 
     def _received(self, token: Token, now: float) -> None:
         """A message is there; when its stage has all that it waits for, it goes to its node."""
-        stage, missing = token.leg.target, token.missing
+        stage, missing = token.leg.cargo.target, token.missing
         if missing is not None:
             missing[stage] -= 1
             if stage >= 0:
@@ -498,14 +499,14 @@ class _Simulation:
         step, start = token.wired.steps[stage], token.start
         if self.durations is not None:
             seconds = self.durations.compute_s(start.request, start.attempt, stage, start.compiled)
-        elif step.constant_s is not None:
-            seconds = step.constant_s
+        elif (noise := step.noise) is None:
+            seconds = step.mean_s
         else:
-            seconds = step.service.draw_s(step.part, step.noise, start.request.number)
+            seconds = step.service.draw_s(step.part, noise, start.request.number)
         step.node.submit(token, seconds, now)
 
     def _computed(self, token: Token) -> None:
-        stage, now = token.leg.target, token.at_s
+        stage, now = token.leg.cargo.target, token.at_s
         step = token.wired.steps[stage]
         node = step.node
         if token.life != node.life:

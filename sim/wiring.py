@@ -18,35 +18,43 @@ from isthmus.workloads.service import Service
 from isthmus.workloads.testbed import Testbed
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Leg:
-    """A message: `nodes` and `links` of its path, and whether its source node sends on each link.
+@dataclass(frozen=True, slots=True)
+class Cargo:
+    """What is sent: all about a message but its way, and so the same for all sources of a group.
 
-    `nth` is the how-manieth of its plan's messages it is on each link.
+    `tells` is whether its source node sends on each link of the way, and `nth` the how-manieth of its plan's messages
+    it is there.
     """
 
     source: int
     target: int
     bytes: int
-    nodes: tuple[Place, ...]
-    links: tuple[Carrier, ...]
-    tells: tuple[bool, ...]
-    nth: tuple[int, ...]
     load: int
     encode_s: float
     decode_s: float
+    tells: tuple[bool, ...]
+    nth: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leg:
+    """A message on its way: the nodes of its path, and the links between them."""
+
+    cargo: Cargo
+    nodes: tuple[Place, ...]
+    links: tuple[Carrier, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """A stage: its node, how long it takes, and what it sends. `constant_s` where the service does not vary."""
+    """A stage: its node, how long it takes, and what it sends. `mean_s` is what it always takes where there is no `noise`."""
 
     node: Place
     own: bool
-    constant_s: float | None
+    mean_s: float
     service: Service
     part: Part
-    noise: Uniforms
+    noise: Uniforms | None
     sends: tuple[Leg, ...]
 
 
@@ -71,6 +79,7 @@ class Wiring:
     ) -> None:
         self._testbed, self._nodes, self._links, self._seed = testbed, nodes, links, seed
         self._wired: dict[Compiled, Wired] = {}
+        self._cargoes: dict[Cargo, Cargo] = {}  # one of all that are equal
 
     def __call__(self, compiled: Compiled) -> Wired:
         wired = self._wired.get(compiled)
@@ -89,10 +98,10 @@ class Wiring:
         return Step(
             self._nodes[where.node],
             where.node == source,
-            None if service.varies else service.mean_s(where.part),
+            service.mean_s(where.part),
             service,
             where.part,
-            Uniforms(self._seed, "service", where.node, source),
+            Uniforms(self._seed, "service", where.node, source) if service.varies else None,
             self._legs(compiled, compiled.sends[stage]),
         )
 
@@ -109,15 +118,16 @@ class Wiring:
             seconds = sum(cost_s(c, raw) for c, raw in zip(message.codecs, message.raw_bytes, strict=True))
             return seconds * self._testbed.nodes[node].slowdown
 
-        return Leg(
+        links = message.links
+        cargo = Cargo(
             message.source,
             message.target,
             message.wire_bytes,
-            tuple(self._nodes[node] for node in path),
-            tuple(self._links[link] for link in message.links),
-            tuple(node == compiled.source for node in path[:-1]),
-            tuple(before.count(link) for link in message.links),
             message.load,
             code(overheads.encode_s, path[0]),
             code(overheads.decode_s, path[-1]),
+            tuple([node == compiled.source for node in path[:-1]]),
+            tuple([before.count(link) for link in links]),
         )
+        cargo = self._cargoes.setdefault(cargo, cargo)
+        return Leg(cargo, tuple([self._nodes[node] for node in path]), tuple([self._links[link] for link in links]))
