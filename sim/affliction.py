@@ -70,11 +70,11 @@ class Losses:
 
     def takes(self, token: Token, now_s: float) -> bool:
         """Whether a message that enters a link now is lost there."""
-        place = token.leg.links[token.hop].place
+        place = token.way[token.hop].place
         survives = math.prod(1 - lose for start, end, lose in self._by_place.get(place, ()) if start <= now_s < end)
         if survives == 1:
             return False
         request, attempt = token.start.request, token.start.attempt
         key = place, request.source
         noise = self._noise.setdefault(key, Uniforms(self._seed, "loss", *key))
-        return noise[(request.number * 8 + attempt) * 64 + token.leg.cargo.load % 64] >= survives
+        return noise[(request.number * 8 + attempt) * 64 + token.leg.load % 64] >= survives

@@ -18,6 +18,7 @@ from typing import Protocol
 from isthmus.policies.records import Span
 from isthmus.sim.clock import Callbacks, Clock
 from isthmus.sim.link import INFINITY, SEND, WAIT, Carrier, FifoLink, LinkTotals
+from isthmus.sim.node import Place
 from isthmus.sim.sharing import Flow, Sharing
 from isthmus.sim.token import Token
 from isthmus.workloads.links import Link
@@ -88,6 +89,8 @@ def _radio(link: Link, testbed: Testbed, batteries: Mapping[str, Battery]) -> Ra
 class _TcpLink:
     """What both have in common: who lost what, when a message that has left arrives, and what they have done."""
 
+    ends: tuple[Place, Place]
+
     def __init__(
         self, clock: Clock, link: Link, rtt_s: float, seed: int, arrived: Callbacks, radio: Radio | None
     ) -> None:
@@ -102,7 +105,7 @@ class _TcpLink:
 
     def _enter(self, token: Token) -> tuple[float, list[float]]:
         """The bytes of a message on the wire, and those that are sent again in each round."""
-        size = token.leg.cargo.bytes
+        size = token.leg.bytes
         self._messages += 1
         self._bytes += size
         wire = size + self._link.overhead_bytes
@@ -120,7 +123,7 @@ class _TcpLink:
             arrived_s += self._link.jitter.quantile_s(self._luck("jitter", _passage(token)))
         arrived_s = max(arrived_s, not_before_s)
         if token.spans is not None:
-            attempt, stage, size = token.start.attempt, token.leg.cargo.source, token.leg.cargo.bytes
+            attempt, stage, size = token.start.attempt, token.leg.source, token.leg.bytes
             if start_s > entered_s:
                 token.spans.append(Span(WAIT, self.place, entered_s, start_s, attempt, stage))
             if arrived_s > start_s:
@@ -131,7 +134,7 @@ class _TcpLink:
 
 def _passage(token: Token) -> Passage:
     request, leg = token.start.request, token.leg
-    return Passage(request.source, request.number, token.start.attempt, leg.cargo.nth[token.hop])
+    return Passage(request.source, request.number, token.start.attempt, leg.nth[token.hop])
 
 
 class TcpFifoLink(_TcpLink):
@@ -251,7 +254,7 @@ class FairLink(_TcpLink):
             self._over(crossing, now_s)
             token = crossing.token
             if token.spans is not None and now_s > crossing.start_s:
-                sent = Span(SEND, self.place, crossing.start_s, now_s, token.start.attempt, token.leg.cargo.source)
+                sent = Span(SEND, self.place, crossing.start_s, now_s, token.start.attempt, token.leg.source)
                 token.spans.append(sent)  # without bytes: it is no evidence of a rate
         self._window = self._first_window
 

@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
 def part_of(token: Token) -> Part:
     """What its stage is to compute."""
-    return token.wired.steps[token.leg.cargo.target].part
+    return token.wired.steps[token.leg.target].part
 
 
 class Waiting:

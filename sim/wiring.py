@@ -19,13 +19,13 @@ from isthmus.workloads.testbed import Testbed
 
 
 @dataclass(frozen=True, slots=True)
-class Cargo:
-    """What is sent: all about a message but its way, and so the same for all sources of a group.
+class Leg:
+    """A message, but for the links that it takes: the `number`th of its plan.
 
-    `tells` is whether its source node sends on each link of the way, and `nth` the how-manieth of its plan's messages
-    it is there.
+    `tells` is whether its source node sends on each link, and `nth` the how-manieth of its plan's messages it is there.
     """
 
+    number: int
     source: int
     target: int
     bytes: int
@@ -36,25 +36,15 @@ class Cargo:
     nth: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Leg:
-    """A message on its way: the nodes of its path, and the links between them."""
-
-    cargo: Cargo
-    nodes: tuple[Place, ...]
-    links: tuple[Carrier, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Step:
-    """A stage: its node, how long it takes, and what it sends. `mean_s` is what it always takes where there is no `noise`."""
+    """A stage: its node, how long it takes, and what it sends. `constant_s` where the service does not vary."""
 
     node: Place
     own: bool
-    mean_s: float
+    constant_s: float | None
     service: Service
     part: Part
-    noise: Uniforms | None
     sends: tuple[Leg, ...]
 
 
@@ -62,13 +52,19 @@ class Step:
 class Wired:
     """A plan: its steps, what the request itself sends, and how many messages each stage waits for.
 
-    `needs` is None where each waits for one: then nobody has to count.
+    `needs` is None where each waits for one: then nobody has to count. The links that each leg takes are in `ways`.
+    `noise` is by stage, and empty where no service varies. All but the last two is shared by the sources of a group.
     """
 
     compiled: Compiled
     steps: tuple[Step, ...]
     first: tuple[Leg, ...]
     needs: tuple[int, ...] | None
+    ways: tuple[tuple[Carrier, ...], ...]
+    noise: tuple[Uniforms, ...]
+
+
+Shape = tuple[tuple[Step, ...], tuple[Leg, ...], tuple[int, ...] | None]
 
 
 class Wiring:
@@ -79,7 +75,7 @@ class Wiring:
     ) -> None:
         self._testbed, self._nodes, self._links, self._seed = testbed, nodes, links, seed
         self._wired: dict[Compiled, Wired] = {}
-        self._cargoes: dict[Cargo, Cargo] = {}  # one of all that are equal
+        self._shapes: dict[Shape, Shape] = {}  # one of all that are equal
 
     def __call__(self, compiled: Compiled) -> Wired:
         wired = self._wired.get(compiled)
@@ -88,27 +84,31 @@ class Wiring:
         return wired
 
     def _wire(self, compiled: Compiled) -> Wired:
-        steps = tuple(self._step(compiled, stage) for stage in range(len(compiled.plan.stages)))
+        legs = [self._leg(compiled, number, message) for number, message in enumerate(compiled.messages)]
+        steps = tuple([self._step(compiled, stage, legs) for stage in range(len(compiled.plan.stages))])
+        first = tuple([leg for leg in legs if leg.source == -1])
         needs = None if set(compiled.needs) == {1} else compiled.needs
-        return Wired(compiled, steps, self._legs(compiled, compiled.sends[-1]), needs)
+        shape = steps, first, needs
+        steps, first, needs = self._shapes.setdefault(shape, shape)
+        ways = tuple([tuple([self._links[link] for link in message.links]) for message in compiled.messages])
+        noise: tuple[Uniforms, ...] = ()
+        if any([step.constant_s is None for step in steps]):
+            noise = tuple([Uniforms(self._seed, "service", step.node.name, compiled.source) for step in steps])
+        return Wired(compiled, steps, first, needs, ways, noise)
 
-    def _step(self, compiled: Compiled, stage: int) -> Step:
-        where, source, model = compiled.plan.stages[stage], compiled.source, compiled.model.name
+    def _step(self, compiled: Compiled, stage: int, legs: Sequence[Leg]) -> Step:
+        where, model = compiled.plan.stages[stage], compiled.model.name
         service = self._testbed.service(where.node, model)
         return Step(
             self._nodes[where.node],
-            where.node == source,
-            service.mean_s(where.part),
+            where.node == compiled.source,
+            None if service.varies else service.mean_s(where.part),
             service,
             where.part,
-            Uniforms(self._seed, "service", where.node, source) if service.varies else None,
-            self._legs(compiled, compiled.sends[stage]),
+            tuple([leg for leg in legs if leg.source == stage]),
         )
 
-    def _legs(self, compiled: Compiled, messages: Sequence[Message]) -> tuple[Leg, ...]:
-        return tuple(self._leg(compiled, message) for message in messages)
-
-    def _leg(self, compiled: Compiled, message: Message) -> Leg:
+    def _leg(self, compiled: Compiled, number: int, message: Message) -> Leg:
         overheads, path = self._testbed.overheads, message.path
         before = [link for link, _ in compiled.loads[: message.load]]
 
@@ -118,8 +118,8 @@ class Wiring:
             seconds = sum(cost_s(c, raw) for c, raw in zip(message.codecs, message.raw_bytes, strict=True))
             return seconds * self._testbed.nodes[node].slowdown
 
-        links = message.links
-        cargo = Cargo(
+        return Leg(
+            number,
             message.source,
             message.target,
             message.wire_bytes,
@@ -127,7 +127,5 @@ class Wiring:
             code(overheads.encode_s, path[0]),
             code(overheads.decode_s, path[-1]),
             tuple([node == compiled.source for node in path[:-1]]),
-            tuple([before.count(link) for link in links]),
+            tuple([before.count(link) for link in message.links]),
         )
-        cargo = self._cargoes.setdefault(cargo, cargo)
-        return Leg(cargo, tuple([self._nodes[node] for node in path]), tuple([self._links[link] for link in links]))
