@@ -92,7 +92,7 @@ class Wiring:
         steps, first, needs = self._shapes.setdefault(shape, shape)
         ways = tuple([tuple([self._links[link] for link in message.links]) for message in compiled.messages])
         noise: tuple[Uniforms, ...] = ()
-        if any([step.constant_s is None for step in steps]):
+        if any(step.constant_s is None for step in steps):
             noise = tuple([Uniforms(self._seed, "service", step.node.name, compiled.source) for step in steps])
         return Wired(compiled, steps, first, needs, ways, noise)
 

@@ -246,7 +246,7 @@ class Link:
 
     @property
     def is_plain(self) -> bool:
-        return all([getattr(self, name) == plain for name, plain in _PLAIN.items()])
+        return all(getattr(self, name) == plain for name, plain in _PLAIN.items())
 
     @property
     def features(self) -> list[str]:
