@@ -480,10 +480,13 @@ def bench_sim(
 @bench.command("scale")
 def bench_scale(
     devices: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of devices.")] = None,
-    requests: Annotated[int, typer.Option(min=1000, help="Requests per row, at least 50 per device.")] = 1_000_000,
+    requests: Annotated[int, typer.Option(min=1000, help="Requests per row, at least 100 per device.")] = 1_000_000,
     as_json: Json = False,
 ) -> None:
-    """What a request costs to simulate among 10 to 100 000 devices: CPU time, set-up included, and memory."""
+    """What a request costs to simulate among 10 to 100 000 devices: CPU time, set-up included, and memory.
+
+    At one server and the same total load, and with a server for every fifty devices.
+    """
     from isthmus.experiments.bench_sim import SCALE
     from isthmus.experiments.bench_sim import bench_scale as measure
 

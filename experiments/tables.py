@@ -383,9 +383,10 @@ def bench_real_table(data: Mapping[str, Any]) -> None:
 def bench_scale_table(rows: Rows) -> None:
     table(
         "What a request costs to simulate",
-        ["devices>", "requests>", "CPU µs per request>", "of which set-up>", "memory>"],
+        ["case", "devices>", "requests>", "CPU µs per request>", "of which set-up>", "memory>"],
         [
             [
+                r["case"],
                 f"{r['devices']:,}",
                 f"{r['requests']:,}",
                 f"{r['cpu_us_per_request']:.1f}",
@@ -394,5 +395,6 @@ def bench_scale_table(rows: Rows) -> None:
             ]
             for r in rows
         ],
-        caption="Everything that `isthmus simulate` does, spans and requests written.",
+        caption="Everything that `isthmus simulate` does, spans and requests written. One server: the same total load, "
+        "spread over more devices.",
     )
