@@ -377,7 +377,8 @@ def _keep_inputs(folder: Path, testbed: Testbed) -> None:
     kept = {id(service): (model, service) for (_, model), service in testbed.services.items()}  # groups share theirs
     for model, service in kept.values():
         if isinstance(service, Measured):
-            service.profile.save(profile_path(store, model, service.profile.machine.label))
+            profile = service.profile
+            profile.save(profile_path(store, model, profile.machine.label, profile.measured_with))
     testbed.overheads.save(store)
     if testbed.measured_links:
         LinkCosts(links=tuple(testbed.measured_links.values())).save(store)
