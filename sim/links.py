@@ -134,7 +134,7 @@ class _TcpLink:
 
 def _passage(token: Token) -> Passage:
     request, leg = token.start.request, token.leg
-    return Passage(request.source, request.number, token.start.attempt, leg.nth[token.hop])
+    return Passage(request.source, request.number, token.start.attempt, leg.nth[token.hop - leg.load])
 
 
 class TcpFifoLink(_TcpLink):

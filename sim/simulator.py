@@ -170,7 +170,8 @@ class _Simulation:
         for source, policy in policies.items():
             dispatcher = Dispatcher(source, policy, testbed, compiler, name=name, watch=watch)
             decide_s = 0.0 if is_oracle(policy) else testbed.overheads.decide_s.get(name, 0.0)
-            decide_s *= testbed.nodes[source].slowdown
+            if (slowdown := testbed.nodes[source].slowdown) != 1:  # else one number for all
+                decide_s *= slowdown
             asked = requests.get(source, ())
             loop = asked if isinstance(asked, ClosedLoop) else None
             home = self.homes[source] = Home(dispatcher, self.nodes[source], loop, decide_s, spans)
@@ -363,7 +364,7 @@ class _Simulation:
         Around faults if it can, else over what is cut, to stand still there: only cells that do not serve are no way.
         """
         leg, hop = token.leg, token.hop
-        sender, receiver = token.way[hop].ends[0], token.way[-1].ends[1]
+        sender, receiver = token.way[hop].ends[0], token.way[leg.end - 1].ends[1]
         if token.life != sender.life:
             return  # the node went meanwhile
         here, there = sender.name, receiver.name
@@ -377,11 +378,12 @@ class _Simulation:
             self._stranded.append((token, since_s))
             return
         # The source knows the loads of its plan; of those of another way it only knows that the message left.
-        tells, nth = (leg.tells[hop] and hop == 0, *(False for _ in links[1:])), (leg.nth[hop],) * len(links)
-        token.leg, token.hop = replace(leg, tells=tells, nth=nth), 0
-        token.way = tuple(self.links[link] for link in links)
+        first, nth = leg.load, leg.nth[hop - leg.load]
+        tells = (leg.tells[0] and hop == first, *(False for _ in links[1:]))
+        token.leg = replace(leg, end=first + len(links), tells=tells, nth=(nth,) * len(links))
+        token.way, token.hop = token.way[:first] + tuple(self.links[link] for link in links), first
         if now > since_s and token.spans is not None:
-            span = Span(WAIT, token.way[0].place, since_s, now, token.start.attempt, leg.source)
+            span = Span(WAIT, token.way[first].place, since_s, now, token.start.attempt, leg.source)
             token.spans.append(span)
         self._enter(token, now)
 
@@ -413,24 +415,24 @@ class _Simulation:
             for leg in legs[:-1]:
                 self._send(token.fork(), (leg,), now)
         leg = token.leg = legs[-1]
-        way = token.way = token.wired.ways[leg.number]
-        token.hop = 0
-        if not way:
+        way, hop = token.wired.links, leg.load
+        token.way, token.hop = way, hop
+        if hop == leg.end:
             self._received(token, now)
         elif leg.encode_s > 0:
-            self._took(token, Kind.ENCODE, way[0].ends[0], now, now + leg.encode_s, leg.source)
+            self._took(token, Kind.ENCODE, way[hop].ends[0], now, now + leg.encode_s, leg.source)
             self.clock.arm(token, now + leg.encode_s, (self._encoded,))
         else:
             self._enter(token, now)
 
     def _encoded(self, token: Token) -> None:
-        if token.life == token.way[0].ends[0].life:
+        if token.life == token.way[token.hop].ends[0].life:
             self._enter(token, token.at_s)
 
     def _enter(self, token: Token, now: float) -> None:
         """The next link. A node that is up knows where others have moved to."""
         link = token.way[token.hop]
-        if self._away and any(isinstance(it, CellLink) and not it.up for it in token.way[token.hop :]):
+        if self._away and any(isinstance(it, CellLink) and not it.up for it in token.way[token.hop : token.leg.end]):
             token.life = link.ends[0].life
             self._reroute(token, now, now)
             return
@@ -454,22 +456,23 @@ class _Simulation:
 
     def _tell_sent(self, token: Token, at_s: float) -> None:
         leg, hop, start = token.leg, token.hop, token.start
-        if leg.tells[hop]:
-            token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, at_s)
+        if leg.tells[hop - leg.load]:
+            token.home.dispatcher.sent(start.request.number, start.attempt, hop, at_s)
 
     def _arrived(self, token: Token) -> None:
         """At the far end of a link. A node that is down neither receives nor forwards."""
+        leg = token.leg
         hop = token.hop = token.hop + 1
         now = token.at_s
         if self._mortal and self._broke_off(token):
             home, start = token.home, token.start
             said = home.dispatcher.lost(start.request.number, start.attempt, "a node on its way went down", now)
             self._carry_out(home, said, now)
-        elif hop < len(token.way):
+        elif hop < leg.end:
             self._enter(token, now)
-        elif (decode_s := token.leg.decode_s) > 0:
-            self._took(token, Kind.DECODE, token.way[-1].ends[1], now, now + decode_s, token.leg.source)
-            self.clock.arm(token, now + decode_s, self._received_at)
+        elif leg.decode_s > 0:
+            self._took(token, Kind.DECODE, token.way[hop - 1].ends[1], now, now + leg.decode_s, leg.source)
+            self.clock.arm(token, now + leg.decode_s, self._received_at)
         else:
             self._received(token, now)
 
@@ -480,7 +483,7 @@ class _Simulation:
         return receiver.life != received or (sender.life != sent and sender.went_s < token.left_s)
 
     def _decoded(self, token: Token) -> None:
-        if token.life == token.way[-1].ends[1].life:
+        if token.life == token.way[token.hop - 1].ends[1].life:
             self._received(token, token.at_s)
 
     def _received(self, token: Token, now: float) -> None:

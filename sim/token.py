@@ -41,7 +41,7 @@ class Token(Armed):
 
     leg: Leg
     way: tuple[Carrier, ...]
-    """The links of its path; it is on that numbered `hop`, or was last."""
+    """The links of its plan; it is on that numbered `hop`, or was last, or is next."""
     hop: int
     ready_s: float
     begun_s: float

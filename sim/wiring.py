@@ -20,16 +20,16 @@ from isthmus.workloads.testbed import Testbed
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """A message, but for the links that it takes: the `number`th of its plan.
+    """A message, but for the links that it takes: those of its plan from place `load` on, and before `end`.
 
     `tells` is whether its source node sends on each link, and `nth` the how-manieth of its plan's messages it is there.
     """
 
-    number: int
     source: int
     target: int
     bytes: int
     load: int
+    end: int
     encode_s: float
     decode_s: float
     tells: tuple[bool, ...]
@@ -52,15 +52,15 @@ class Step:
 class Wired:
     """A plan: its steps, what the request itself sends, and how many messages each stage waits for.
 
-    `needs` is None where each waits for one: then nobody has to count. The links that each leg takes are in `ways`.
-    `noise` is by stage, and empty where no service varies. All but the last two is shared by the sources of a group.
+    `needs` is None where each waits for one: then nobody has to count. `links` are those of all legs, one after the
+    other. `noise` is by stage, and empty where no service varies. What is not of these two, a group shares.
     """
 
     compiled: Compiled
     steps: tuple[Step, ...]
     first: tuple[Leg, ...]
     needs: tuple[int, ...] | None
-    ways: tuple[tuple[Carrier, ...], ...]
+    links: tuple[Carrier, ...]
     noise: tuple[Uniforms, ...]
 
 
@@ -84,17 +84,17 @@ class Wiring:
         return wired
 
     def _wire(self, compiled: Compiled) -> Wired:
-        legs = [self._leg(compiled, number, message) for number, message in enumerate(compiled.messages)]
+        legs = [self._leg(compiled, message) for message in compiled.messages]
         steps = tuple([self._step(compiled, stage, legs) for stage in range(len(compiled.plan.stages))])
         first = tuple([leg for leg in legs if leg.source == -1])
         needs = None if set(compiled.needs) == {1} else compiled.needs
         shape = steps, first, needs
         steps, first, needs = self._shapes.setdefault(shape, shape)
-        ways = tuple([tuple([self._links[link] for link in message.links]) for message in compiled.messages])
+        links = tuple([self._links[link] for link, _ in compiled.loads])
         noise: tuple[Uniforms, ...] = ()
         if any(step.constant_s is None for step in steps):
             noise = tuple([Uniforms(self._seed, "service", step.node.name, compiled.source) for step in steps])
-        return Wired(compiled, steps, first, needs, ways, noise)
+        return Wired(compiled, steps, first, needs, links, noise)
 
     def _step(self, compiled: Compiled, stage: int, legs: Sequence[Leg]) -> Step:
         where, model = compiled.plan.stages[stage], compiled.model.name
@@ -108,7 +108,7 @@ class Wiring:
             tuple([leg for leg in legs if leg.source == stage]),
         )
 
-    def _leg(self, compiled: Compiled, number: int, message: Message) -> Leg:
+    def _leg(self, compiled: Compiled, message: Message) -> Leg:
         overheads, path = self._testbed.overheads, message.path
         before = [link for link, _ in compiled.loads[: message.load]]
 
@@ -119,11 +119,11 @@ class Wiring:
             return seconds * self._testbed.nodes[node].slowdown
 
         return Leg(
-            number,
             message.source,
             message.target,
             message.wire_bytes,
             message.load,
+            message.load + len(path) - 1,
             code(overheads.encode_s, path[0]),
             code(overheads.decode_s, path[-1]),
             tuple([node == compiled.source for node in path[:-1]]),
