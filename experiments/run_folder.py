@@ -46,6 +46,7 @@ from isthmus.sim.node import NodeTotals
 from isthmus.workloads.documents import parse, read_json, read_text
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.experiment import ExperimentSpec
+from isthmus.workloads.link_costs import LinkCosts
 from isthmus.workloads.requests import Request
 from isthmus.workloads.service import Measured
 from isthmus.workloads.testbed import Testbed, TestbedSpec, profile_path
@@ -396,8 +397,11 @@ def _keep_inputs(folder: Path, testbed: Testbed) -> None:
     kept = {id(service): (model, service) for (_, model), service in testbed.services.items()}  # groups share theirs
     for model, service in kept.values():
         if isinstance(service, Measured):
-            service.profile.save(profile_path(store, model, service.profile.machine.label))
+            profile = service.profile
+            profile.save(profile_path(store, model, profile.machine.label, profile.measured_with))
     testbed.overheads.save(store)
+    if testbed.measured_links:
+        LinkCosts(links=tuple(testbed.measured_links.values())).save(store)
     for file in testbed.spec.traces:
         if (copy := folder / _trace(file)[0]) != Path(file):
             copy.parent.mkdir(exist_ok=True)

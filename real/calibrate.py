@@ -12,6 +12,7 @@ import pickle
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from math import ceil
 from platform import node as host_name
 from typing import Any
@@ -23,12 +24,16 @@ from isthmus.policies.dispatch import Answer, Compiler, Dispatcher, Start
 from isthmus.policies.plan import Plan, split
 from isthmus.policies.records import Kind, Record
 from isthmus.real.batches import measure_batches
+from isthmus.real.clocks import Reading, offset
 from isthmus.real.cluster import results, start_actor
 from isthmus.real.drive import run_cell
-from isthmus.real.fleet import Fleet
+from isthmus.real.fleet import Fleet, placed
+from isthmus.real.link_probe import LinkEnd, Probe
 from isthmus.real.profiler import profile_model
+from isthmus.workloads.backend import DEFAULT, BackendSpec
 from isthmus.workloads.codecs import CODECS
 from isthmus.workloads.fit import fit_line, fit_rhythm, typical
+from isthmus.workloads.link_costs import LinkCosts
 from isthmus.workloads.model import Model, Part
 from isthmus.workloads.overheads import CodecCost, Overheads
 from isthmus.workloads.profile import BatchCost, Profile, Rhythm, SessionCost
@@ -53,11 +58,11 @@ class Bench:
     def progress(self) -> tuple[int, int, str]:
         return self._progress
 
-    def profile(self, model: Model, quick: bool, label: str) -> Profile:
-        return profile_model(model, quick=quick, label=label, progress=self._note)
+    def profile(self, model: Model, quick: bool, label: str, backend: BackendSpec) -> Profile:
+        return profile_model(model, quick=quick, label=label, backend=backend, progress=self._note)
 
-    def batches(self, model: Model, sizes: Sequence[int]) -> tuple[BatchCost, ...]:
-        return measure_batches(model, sizes, progress=self._note)
+    def batches(self, model: Model, sizes: Sequence[int], backend: BackendSpec) -> tuple[BatchCost, ...]:
+        return measure_batches(model, sizes, backend=backend, progress=self._note)
 
     def _note(self, done: int, total: int, text: str) -> None:
         self._progress = (done, total, text)
@@ -123,14 +128,18 @@ def measure_profiles(
     *,
     quick: bool,
     label: str,
+    backend: BackendSpec = DEFAULT,
     batches: Sequence[int] = (),
+    where: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[Profile]:
-    """Profile models inside an actor, one after another, with what `batches` of these sizes cost.
+    """Profile models in a backend, inside an actor, one after another, with what `batches` of these sizes cost.
+
+    `where` are Ray's options of where the actor runs.
 
     InputError, before any profile is taken, for a model that cannot be batched.
     """
-    bench = start_actor(ray, Bench)
+    bench = start_actor(ray, Bench, **(where or {}))
 
     def measured(running: Any) -> Any:
         while not ray.wait([running], timeout=0.5)[0]:
@@ -139,8 +148,8 @@ def measure_profiles(
         return results(ray, [running])[0]
 
     try:
-        costs = [measured(bench.batches.remote(model, batches)) for model in models]
-        profiles = [measured(bench.profile.remote(model, quick, label)) for model in models]
+        costs = [measured(bench.batches.remote(model, batches, backend)) for model in models]
+        profiles = [measured(bench.profile.remote(model, quick, label, backend)) for model in models]
     finally:
         ray.kill(bench)
     return [profile.with_batches(cost) for profile, cost in zip(profiles, costs, strict=True)]
@@ -180,6 +189,37 @@ def measure_overheads(
     )
 
 
+def measure_links(ray: Any, testbed: Testbed, progress: Progress | None = None) -> LinkCosts:
+    """Every direction of every link between machines, one after another."""
+    links = [link for link in testbed.links if testbed.is_physical(link)]
+    nodes = sorted({node for link in links for node in link})
+    address = "127.0.0.1" if testbed.spec.cluster is None else None
+    ends = {node: start_actor(ray, LinkEnd, address, **placed(ray, testbed, node)) for node in nodes}
+
+    def ask(node: str, method: str, *arguments: Any) -> Any:
+        return results(ray, [getattr(ends[node], method).remote(*arguments)])[0]
+
+    def read(node: str) -> Reading:
+        whose, shows = ask(node, "reading")
+        return whose, shows
+
+    costs = []
+    try:
+        peers = {node: ask(node, "address") for node in nodes}
+        for node in nodes:
+            ask(node, "connect", peers)
+        probe = Probe(ask, {node: offset(partial(read, node)) for node in nodes})
+        for done, link in enumerate(links):
+            if progress is not None:
+                progress(done, len(links), f"link {link[0]} to {link[1]}")
+            declared = testbed.links[link].rate.mean_bytes_per_s if testbed.declares(link) else None
+            costs.append(probe.measure(link, declared))
+    finally:
+        for end in ends.values():
+            ray.kill(end)
+    return LinkCosts(measured=datetime.now(UTC).isoformat(timespec="seconds"), links=tuple(costs))
+
+
 class Stretches:
     """Each plan for `length` requests on end, then the next: as a policy does, it mostly runs what it ran before.
 
@@ -197,8 +237,9 @@ class Pilot:
     """What a short real run tells: parts at the rhythm of requests, and how late answers are released."""
 
     def __init__(self, testbed: Testbed, records: Sequence[Record]) -> None:
-        self.samples_s: dict[Part, list[float]] = {}
+        self.samples_s: dict[tuple[str, str, Part], list[float]] = {}  # by label of the machine, and backend
         self.answered = 0
+        labels = {member: it.label for name, it in testbed.spec.nodes.items() for member in testbed.spec.members(name)}
         lateness = []
         for record in records:
             plan = Plan.from_json(record.plan) if record.plan else None
@@ -211,17 +252,22 @@ class Pilot:
                     stage = plan.stages[span.stage]
                     if not isinstance(testbed.service(stage.node, record.model), Measured):
                         continue
-                    cpu_s = (span.end_s - span.start_s) / testbed.nodes[stage.node].slowdown
-                    self.samples_s.setdefault(stage.part, []).append(cpu_s)
+                    node = testbed.nodes[stage.node]
+                    place = labels[stage.node], node.backend.key, stage.part
+                    self.samples_s.setdefault(place, []).append((span.end_s - span.start_s) / node.slowdown)
         self.wake_s = max(float(np.median(lateness)), 0.0) if lateness else 0.0
 
     def rhythm(self, model: Model, profile: Profile) -> Rhythm:
-        """How parts cost in the pilot, against the profiler's loop. InputError if the profile is of another model."""
+        """How parts cost in the pilot on the profile's machine and backend, against the profiler's loop.
+
+        InputError if the profile is of another model.
+        """
+        whose = profile.machine.label, profile.measured_with.key
+        of = {p: s for (*by, p), s in self.samples_s.items() if tuple(by) == whose}
+        of = {part: samples for part, samples in of.items() if part.model == model.name}
         loop = profile.at_rhythm(Rhythm())
         found = [
-            (loop.part_s(model, part), float(typical(samples).mean()), len(samples))
-            for part, samples in self.samples_s.items()
-            if part.model == model.name
+            (loop.part_s(model, part), float(typical(samples).mean()), len(samples)) for part, samples in of.items()
         ]
         scale, shift_s = fit_rhythm([f[0] for f in found], [f[1] for f in found], [f[2] for f in found])
         said = f"a pilot of {self.answered} requests on {datetime.now(UTC).isoformat(timespec='seconds')}"
@@ -235,8 +281,8 @@ class Pilot:
                 mean_s=float(np.mean(samples)),
                 samples_s=tuple(round(s, 8) for s in samples),
             )
-            for part, samples in self.samples_s.items()
-            if part.model == model.name and len(samples) > 1 and (span := model.span_of(part)) is not None
+            for part, samples in of.items()
+            if len(samples) > 1 and (span := model.span_of(part)) is not None
         )
         return Rhythm(scale=scale, shift_s=shift_s, provenance=said, sessions=sessions)
 

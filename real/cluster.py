@@ -225,6 +225,13 @@ def on_this_machine(ray: Any) -> dict[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
+def own_address() -> str:
+    """Of this machine, in the network of the cluster."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
 def results(ray: Any, references: list[Any], timeout_s: float = 600) -> list[Any]:
     """What actors answer. An error of our own comes out as it was raised; any other as a RunFailure."""
     try:

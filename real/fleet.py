@@ -186,10 +186,7 @@ class Fleet:
                 )
 
     def _start(self, node: str) -> Any:
-        where: dict[str, Any] = {}
-        if self.testbed.spec.cluster is not None:
-            host = self.testbed.nodes[node].host
-            where = on_this_machine(self.ray) if host is None else {"resources": {resource(host): 0.001}}
+        where = placed(self.ray, self.testbed, node)
         address = "127.0.0.1" if self.testbed.spec.cluster is None else None
         return start_actor(self.ray, NodeServer, node, self._shared, self._files, address, **where)
 
@@ -206,6 +203,14 @@ class Fleet:
 
     def _get(self, references: list[Any]) -> list[Any]:
         return results(self.ray, references)
+
+
+def placed(ray: Any, testbed: Testbed, node: str) -> dict[str, Any]:
+    """Ray's options for an actor that belongs on the machine of a node."""
+    if testbed.spec.cluster is None:
+        return {}
+    host = testbed.nodes[node].host
+    return on_this_machine(ray) if host is None else {"resources": {resource(host): 0.001}}
 
 
 def _order(part: Part) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from isthmus.workloads.backend import BackendSpec
 from isthmus.workloads.documents import parse, read_json, write_text
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.fit import Floats, fit_line, typical
@@ -115,10 +116,13 @@ class Profile(_Frozen):
     machine: Machine
     backend: str
     backend_version: str
+    backend_arguments: dict[str, Any] = {}
+    """What the backend was given besides its name, as a node of a testbed says it."""
     provider: str
     threads: int = Field(ge=1)
     date: str
-    clock: Literal["cpu"] = "cpu"
+    clock: Literal["cpu", "wall"] = "cpu"
+    """CPU time of the thread that calls; wall time where a backend computes elsewhere."""
     pace_s: NonNegativeFloat
     batch: int = Field(default=1, ge=1)
     provenance: str
@@ -153,6 +157,10 @@ class Profile(_Frozen):
     def save(self, path: str | Path) -> None:
         """Write it as JSON, wholly or not at all. Raises RunFailure if that is impossible."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
+
+    @property
+    def measured_with(self) -> BackendSpec:
+        return BackendSpec(name=self.backend, **self.backend_arguments)
 
     def check_model(self, model: Model) -> None:
         """Raise InputError unless this profile is of exactly this model: same file, same weights."""

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from isthmus.workloads.backend import DEFAULT, BackendSpec
 from isthmus.workloads.cluster import ClusterSpec
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError, unknown, within
+from isthmus.workloads.link_costs import LinkCost, LinkCosts
 from isthmus.workloads.links import (
     Link,
     LinkSpec,
@@ -93,6 +96,15 @@ class TestbedSpec(_Spec):
         many = max(len(first), len(second))
         return [(first[i * len(first) // many], second[i * len(second) // many]) for i in range(many)]
 
+    def is_physical(self, link: LinkId) -> bool:
+        """Whether the ends of a link are on different machines."""
+        a, b = (self._hosts.get(end) for end in link)
+        return a != b
+
+    @cached_property
+    def _hosts(self) -> dict[str, str]:
+        return {name: node.host for name, node in self.nodes.items() if node.host is not None}
+
     def directed(self, link: LinkSpec) -> Iterator[tuple[list[LinkId], Way]]:
         """The links that one entry stands for, there and then back, with what is said of them."""
         pairs = self.pairs(link)
@@ -143,6 +155,8 @@ class Testbed:
     """What it was built from, with trace files by absolute path."""
     down: frozenset[LinkId] = NONE_DOWN
     """Links that routes lead around, where they can."""
+    measured_links: Mapping[LinkId, LinkCost] = field(default_factory=dict)
+    """Those between machines, as calibration found them; `links` are so already."""
 
     @classmethod
     def load(cls, path: str | Path) -> Testbed:
@@ -160,11 +174,13 @@ class Testbed:
         need_profiles: bool = True,
         only_models: frozenset[str] | None = None,
         seed: int = 1,
+        as_declared: bool = False,
     ) -> Testbed:
         """From a description. `folder` is what its relative paths start from; `seed` is that of rates that are drawn.
 
         Without `need_profiles` nodes that take a measured profile get no service times: calibration starts so.
-        `only_models` leaves the others out, so that a testbed of many models asks for the profiles it needs.
+        `only_models` leaves the others out, so that a testbed of many models asks for the profiles it needs. Links are
+        as they were measured, where they were, unless `as_declared`.
         """
         models = {}
         for name, source in spec.models.items():
@@ -177,7 +193,10 @@ class Testbed:
         nodes: dict[str, Node] = {}
         for name, s in spec.nodes.items():
             nodes |= {node.name: node for node in s.realise(spec.members(name), folder)}
-        links = realise_links(spec, folder=folder, where=where, seed=seed)
+        kept = LinkCosts.find(folder / spec.profiles).by_link
+        costs = {link: cost for link, cost in kept.items() if spec.is_physical(link) and not as_declared}
+        unknown_rate = None if need_profiles else _ANY
+        links = realise_links(spec, folder=folder, where=where, seed=seed, measured=costs, unknown_rate=unknown_rate)
         services: dict[tuple[str, str], Service] = {}
         store = folder / spec.profiles
         for name, node in spec.nodes.items():
@@ -186,13 +205,13 @@ class Testbed:
                 if node.service is not None:
                     service = Synthetic(model, node.service)
                 elif need_profiles:
-                    service = Measured(model, _profile(store, model, node.label), node.slowdown)
+                    service = Measured(model, _profile(store, model, node), node.slowdown)
                 else:
                     continue
                 _check_batches(node, service, f"{where or spec.name}: nodes.{name}.batch")
                 services |= dict.fromkeys(product(spec.members(name), [model.name]), service)
         spec = spec.with_traces(lambda file: str((folder / file).resolve()))
-        return cls(spec.name, models, nodes, links, services, Overheads.find(store), spec)
+        return cls(spec.name, models, nodes, links, services, Overheads.find(store), spec, measured_links=costs)
 
     def at_seed(self, seed: int) -> Testbed:
         """The same testbed with the rates that this seed draws; itself where nothing is drawn."""
@@ -211,7 +230,8 @@ class Testbed:
                         rate = medium.rate if said.rate is None else link.rate
                         link = drawn[way] = replace(link, medium=medium, rate=rate)
                     if isinstance(said.rate, Drawn):
-                        drawn[way] = replace(link, rate=said.rate.draw(stream(seed, *way, "rate")))
+                        link = replace(link, rate=said.rate.draw(stream(seed, *way, "rate")))
+                        drawn[way] = self.measured_links[way].of(link) if way in self.measured_links else link
         return self._like(links={**self.links, **drawn}) if drawn else self
 
     @cached_property
@@ -224,9 +244,14 @@ class Testbed:
         means: dict[float, Rate] = {}  # links of a group share their rate
 
         def mean(bytes_per_s: float) -> Rate:
-            return means.setdefault(bytes_per_s, Rate.constant(bytes_per_s))
+            found = means.get(bytes_per_s)
+            if found is None:
+                found = means[bytes_per_s] = Rate.constant(bytes_per_s)
+            return found
 
         def known(link: Link) -> Link:
+            if link.is_plain and link.rate.is_constant:
+                return link
             medium = link.medium and replace(link.medium, rate=mean(link.medium.rate.mean_bytes_per_s))
             rate = mean(link.bottleneck.mean_bytes_per_s)
             return replace(link, rate=rate, medium=medium, jitter=None, loss=0.0, slow_start=None)
@@ -326,7 +351,15 @@ class Testbed:
 
     def is_physical(self, link: LinkId) -> bool:
         """Whether a real run sends over it what it carries: its ends are on different machines."""
-        return self.nodes[link[0]].host != self.nodes[link[1]].host
+        return self.spec.is_physical(link)
+
+    def declares(self, link: LinkId) -> bool:
+        """Whether the testbed file says what rate a link has."""
+        return any(
+            link in ways and (said.rate is not None or spec.medium is not None)
+            for spec in self.spec.links
+            for ways, said in self.spec.directed(spec)
+        )
 
     def reachable(self, source: str) -> list[str]:
         """The other nodes that serve and that there is a route to, and so one back, in the order of the testbed."""
@@ -358,7 +391,11 @@ class Testbed:
 
     def __getstate__(self) -> dict[str, Any]:
         # What follows from the fields is found again where it is needed.
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+_ANY = Rate.constant(125e6)
+"""Of links that are still to be measured."""
 
 
 def _steady(rate: Rate) -> Rate:
@@ -375,9 +412,18 @@ def _check_batches(node: NodeSpec, service: Service, where: str) -> None:
 
 
 def realise_links(
-    spec: TestbedSpec, *, folder: Path = Path(), where: object = None, seed: int = 1
+    spec: TestbedSpec,
+    *,
+    folder: Path = Path(),
+    where: object = None,
+    seed: int = 1,
+    measured: Mapping[LinkId, LinkCost] = MappingProxyType({}),
+    unknown_rate: Rate | None = None,
 ) -> dict[LinkId, Link]:
     """Both directions of every link, with the rates that files hold and that the seed draws.
+
+    Links between machines are as they were `measured`, where they were. `unknown_rate` is for those that were not, and
+    are not given a rate.
 
     InputError names the field, and the line of a trace file.
     """
@@ -419,26 +465,42 @@ def realise_links(
                         rate = realise(said.rate, *way)
                     elif medium is not None:
                         rate = medium.rate
+                    elif way in measured:
+                        rate = Rate.constant(measured[way].rate_bytes_per_s)
+                    elif unknown_rate is not None and spec.is_physical(way):
+                        rate = unknown_rate
                     else:
-                        raise InputError("is missing", allowed="a rate, or a `medium` that has one")
-                links[way] = Link(way, rate, said.latency, medium=medium, **more)
+                        allowed = "a rate, a `medium` that has one, or between two hosts `isthmus calibrate`"
+                        raise InputError("is missing", allowed=allowed)
+                made = Link(way, rate, said.latency, medium=medium, **more)
+                links[way] = measured[way].of(made) if way in measured else made
     if unused := set(spec.media) - {link.medium for link in spec.links}:
         where = f"{place}: media.{min(unused)}"
         raise InputError("no link is on it", where=where, allowed="the `medium` of a link is its name")
     return links
 
 
-def _profile(store: Path, model: Model, label: str) -> Profile:
-    path = profile_path(store, model.name, label)
+def _profile(store: Path, model: Model, node: NodeSpec) -> Profile:
+    path = profile_path(store, model.name, node.label, node.backend)
     if not path.exists():
+        other = node.backend != DEFAULT
+        with_backend, option = (f" with {node.backend}", f" --backend '{node.backend}'") if other else ("", "")
         raise InputError(
-            f"no profile of {model.name!r} on {label!r}",
+            f"no profile of {model.name!r} on {node.label!r}{with_backend}",
             where=path,
-            allowed=f"make one: `isthmus calibrate EXPERIMENT`, or `isthmus profile {model.source} --out {path}`",
+            allowed="make one: `isthmus calibrate EXPERIMENT`, "
+            f"or `isthmus profile {model.source}{option} --out {path}`",
         )
-    return Profile.load(path)
+    profile = Profile.load(path)
+    if profile.measured_with != node.backend:
+        raise InputError(
+            f"was measured with {profile.measured_with}, and a node that takes it computes with {node.backend}",
+            where=path,
+            allowed="a profile of the node's `backend`: other backends take other times",
+        )
+    return profile
 
 
-def profile_path(store: Path, model: str, label: str) -> Path:
-    """Where the profile of a model on a machine is kept."""
-    return store / f"{model}@{label}.json"
+def profile_path(store: Path, model: str, label: str, backend: BackendSpec = DEFAULT) -> Path:
+    """Where the profile of a model on a machine is kept; that of ONNX Runtime, unless another `backend` is given."""
+    return store / (f"{model}@{label}+{backend.key}.json" if backend.key else f"{model}@{label}.json")
