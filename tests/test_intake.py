@@ -51,7 +51,7 @@ class Parcel:
         return [b"letter", json.dumps(self.said).encode(), *(array.tobytes() for array in self.arrays)]
 
 
-CELL, PLAN, REQUEST, ATTEMPT, MESSAGE, HOP, AT, SPANS, OVERRUNS, SHAPES = range(10)
+CELL, PLAN, REQUEST, ATTEMPT, MESSAGE, HOP, AT, SPANS, OVERRUNS, TOLERANCE, SHAPES = range(11)
 """Places in what a letter says."""
 
 
@@ -152,6 +152,7 @@ SPOILT: dict[int, list[Any]] = {
         ),
     ],
     OVERRUNS: [-1, "0", None, 0.0],
+    TOLERANCE: [-1, 1e300, float("nan"), "0", None],
     SHAPES: [None, "x", [], [["<f4"]], [["<f4", "x"]], [[[], []]], 5],
 }
 CLAIMS = [["|O", []], ["<f4", [2**40]], ["<f4", [-1]], ["<U8", [4]], ["<f4", [2**32, 2**32]], ["V8", [1]], ["<f4", [0]],
