@@ -25,6 +25,7 @@ import onnx
 import onnxruntime as ort
 import psutil
 
+from isthmus.real.host_facts import processor
 from isthmus.real.session import PROVIDER, Array, PartSession, random_input, random_tensors, session_options
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.fit import fit_blocks, fit_line, session_means
@@ -282,16 +283,10 @@ def _profile(
 
 
 def this_machine(label: str) -> Machine:
-    """This machine, with the processor's name from Linux where that tells it."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        cpu = found[1] if found else cpu
-    except OSError:
-        pass
+    """This machine, with the name of its processor or board."""
     return Machine(
         label=label,
-        cpu=cpu,
+        cpu=processor(),
         cores=os.cpu_count() or 1,
         platform=platform.platform(),
         python=platform.python_version(),
