@@ -71,6 +71,24 @@ def policies_table(rows: Rows) -> None:
     )
 
 
+def backends_table(rows: Rows) -> None:
+    table(
+        "Backends",
+        ["name", "version", "devices", "what it is, or why it is not here", "arguments"],
+        [
+            [
+                r["name"],
+                r["version"] or "–",
+                ", ".join(r["devices"]),
+                r["problem"] or r["about"],
+                ", ".join(f"{k}={v}" for k, v in r["arguments"].items()),
+            ]
+            for r in rows
+        ],
+        caption="Your own: module:Class, or the entry-point group isthmus.backends of any installed package.",
+    )
+
+
 def traces_table(traces: Sequence[Trace], rows: Rows) -> None:
     def mbit(row: Mapping[str, Any], which: str) -> str:
         return f"{row[f'{which}_bytes_per_s'] * 8e-6:.3g}"
@@ -299,6 +317,28 @@ def bench_profile_table(rows: Rows) -> None:
     )
 
 
+def bench_backends_table(rows: Rows) -> None:
+    table(
+        "Backends, beside ONNX Runtime on the CPU",
+        ["model", "backend", "largest error>", "run, ms>", "times ORT>", "load, s>", "clock"],
+        [
+            [r["model"], r["backend"], r["problem"], "", "", "", ""]
+            if r["problem"]
+            else [
+                r["model"],
+                r["backend"],
+                f"{r['error']:.1e}",
+                f"{1e3 * r['run_s']:.1f}",
+                f"{r['relative']:.2f}",
+                f"{r['load_s']:.2f}",
+                r["clock"],
+            ]
+            for r in rows
+        ],
+        caption="error: relative to the largest number of the answer; whole, and joined at three cuts.",
+    )
+
+
 def bench_sim_table(data: Mapping[str, Any]) -> None:
     ways = [
         ("plain SimPy, the same work", "simpy", None),
@@ -343,9 +383,10 @@ def bench_real_table(data: Mapping[str, Any]) -> None:
 def bench_scale_table(rows: Rows) -> None:
     table(
         "What a request costs to simulate",
-        ["devices>", "requests>", "CPU µs per request>", "of which set-up>", "memory>"],
+        ["case", "devices>", "requests>", "CPU µs per request>", "of which set-up>", "memory>"],
         [
             [
+                r["case"],
                 f"{r['devices']:,}",
                 f"{r['requests']:,}",
                 f"{r['cpu_us_per_request']:.1f}",
@@ -354,5 +395,6 @@ def bench_scale_table(rows: Rows) -> None:
             ]
             for r in rows
         ],
-        caption="Everything that `isthmus simulate` does, spans and requests written.",
+        caption="Everything that `isthmus simulate` does, spans and requests written. One server: the same total load, "
+        "spread over more devices.",
     )

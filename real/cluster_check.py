@@ -6,6 +6,7 @@ Asks an actor on each Ray node. Knows Ray, and what breaks or falsifies runs; st
 from __future__ import annotations
 
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -282,8 +283,7 @@ def _at_rest(host: Host, stalled: float | None) -> Host:
 @contextmanager
 def _as_code(ray: Any) -> Iterator[None]:
     """What is pickled inside takes its code with it: a host may have none of Isthmus, or another."""
-    import isthmus
-
+    isthmus = sys.modules["isthmus"]
     ray.cloudpickle.register_pickle_by_value(isthmus)
     try:
         yield

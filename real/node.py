@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.policies.contract import Policy
+from isthmus.real.backend import backend
 from isthmus.real.cell import NodeCell
 from isthmus.real.clocks import Reading, reading
 from isthmus.real.cluster import own_address
@@ -66,7 +67,7 @@ class NodeServer:
     def load(self, parts: Sequence[Part]) -> None:
         """Have exactly these parts resident and warm."""
         for part in [p for p in self._sessions if p not in parts]:
-            del self._sessions[part]
+            self._sessions.pop(part).close()
         protos: dict[str, Any] = {}
         for part in parts:
             if part not in self._sessions:
@@ -77,7 +78,7 @@ class NodeServer:
     def prepare_answers(self, model: str, seed: int) -> None:
         """Payloads for requests that arise here, and the whole model's answers to them."""
         of = self.testbed.models[model]
-        whole = self._sessions.get(of.whole()) or PartSession(of, of.whole())
+        whole = PartSession(of, of.whole())  # in ONNX Runtime, whatever this node computes with
         inputs = [random_input(of, i, seed) for i in range(PAYLOADS)]
         self._references[model] = [(given, whole.run(given)) for given in inputs]
 
@@ -155,16 +156,22 @@ class NodeServer:
 
     # For the cell
 
+    @property
+    def tolerance(self) -> float:
+        """How far from ONNX Runtime's its answers may be: see `Backend`."""
+        return backend(self.node.backend).tolerance
+
     def session(self, part: Part) -> tuple[PartSession, float]:
-        """A part, and the CPU seconds that loading it took just now: 0 where it is resident."""
+        """A part, and the seconds that loading it took just now, by the session's clock: 0 where it is resident."""
         if part in self._sessions:
             return self._sessions[part], 0.0
-        session = self._sessions[part] = PartSession(self.testbed.models[part.model], part)
+        model, runtime = self.testbed.models[part.model], backend(self.node.backend)
+        session = self._sessions[part] = PartSession(model, part, backend=runtime)
         return session, session.load_s
 
     def _warm(self, part: Part, proto: Any) -> PartSession:
         model = self.testbed.models[part.model]
-        session = PartSession(model, part, proto=proto)
+        session = PartSession(model, part, proto=proto, backend=backend(self.node.backend))
         feeds = random_tensors(model, session.inputs, np.random.default_rng(0))
         for _ in range(_WARM_UPS):
             session.run(feeds)
