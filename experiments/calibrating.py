@@ -43,11 +43,11 @@ def calibrate(
     """Measure what simulating the experiment needs, where its nodes are; the files written.
 
     Per machine, backend and model of the workload a profile, and what a pilot run finds its parts to cost at the
-    workload's own rhythm; every link between machines; then the overheads. Where a node has a `batch` without its `cost`, what batches
-    cost is in the profiles; InputError for a model that cannot be batched. `quick` skips the long profile of each
-    block. `keep_profiles` does all but the profiles anew, with those that there are, batches and all: a minute that
-    makes up for a machine that is not as fast as it was. With `resume` what a calibration that was broken off had
-    finished is kept. `steady` is called before links are measured: a lab then holds their rates.
+    workload's own rhythm; every link between machines; then the overheads. Where a node has a `batch` without its
+    `cost`, what batches cost is in the profiles; InputError for a model that cannot be batched. `quick` skips the long
+    profile of each block. `keep_profiles` does all but the profiles anew, with those that there are, batches and all: a
+    minute that makes up for a machine that is not as fast as it was. With `resume` what a calibration that was broken
+    off had finished is kept. `steady` is called before links are measured: a lab then holds their rates.
     """
     from isthmus.real.calibrate import measure_links, measure_overheads, measure_profiles, run_pilot
     from isthmus.real.cluster import connect
