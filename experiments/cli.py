@@ -342,6 +342,30 @@ def compare(
     _show_comparison(comparison, as_json, report)
 
 
+@app.command()
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="Experiment files (YAML).", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where to write; a folder per experiment in it.")] = Path("runs/validation"),
+    repeat: Annotated[bool, typer.Option(help="Run a second time: how far can two real runs be apart?")] = True,
+    keep_profiles: Annotated[bool, typer.Option(help="Calibrate all but the profiles anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Calibrate, simulate and run experiments, twice, and lay the runs side by side: the whole job in one."""
+    from isthmus.experiments.compare import merge
+    from isthmus.experiments.report import write_report
+    from isthmus.experiments.validate import validate as measure
+
+    experiments = {file.stem: _load(file, None, None) for file in files}
+    with _progress("validate", as_json) as move:
+        found = [
+            measure(it, out / name, name=name, repeat=repeat, keep_profiles=keep_profiles, progress=move)
+            for name, it in experiments.items()
+        ]
+    path = out / "report.html"
+    write_report(path, [merge(found)], title="Isthmus: validation")
+    _show_comparison(merge(found), as_json, path)
+
+
 def _show_comparison(comparison: Comparison, as_json: bool, report: Path | None) -> None:
     if as_json:
         emit(comparison.to_json() | ({} if report is None else {"report": str(report)}))
@@ -456,10 +480,13 @@ def bench_sim(
 @bench.command("scale")
 def bench_scale(
     devices: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of devices.")] = None,
-    requests: Annotated[int, typer.Option(min=1000, help="Requests per row, at least 50 per device.")] = 1_000_000,
+    requests: Annotated[int, typer.Option(min=1000, help="Requests per row, at least 100 per device.")] = 1_000_000,
     as_json: Json = False,
 ) -> None:
-    """What a request costs to simulate among 10 to 100 000 devices: CPU time, set-up included, and memory."""
+    """What a request costs to simulate among 10 to 100 000 devices: CPU time, set-up included, and memory.
+
+    At one server and the same total load, and with a server for every fifty devices.
+    """
     from isthmus.experiments.bench_sim import SCALE
     from isthmus.experiments.bench_sim import bench_scale as measure
 

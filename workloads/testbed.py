@@ -244,9 +244,14 @@ class Testbed:
         means: dict[float, Rate] = {}  # links of a group share their rate
 
         def mean(bytes_per_s: float) -> Rate:
-            return means.setdefault(bytes_per_s, Rate.constant(bytes_per_s))
+            found = means.get(bytes_per_s)
+            if found is None:
+                found = means[bytes_per_s] = Rate.constant(bytes_per_s)
+            return found
 
         def known(link: Link) -> Link:
+            if link.is_plain and link.rate.is_constant:
+                return link
             medium = link.medium and replace(link.medium, rate=mean(link.medium.rate.mean_bytes_per_s))
             rate = mean(link.bottleneck.mean_bytes_per_s)
             return replace(link, rate=rate, medium=medium, jitter=None, loss=0.0, slow_start=None)
