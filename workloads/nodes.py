@@ -23,7 +23,7 @@ from isthmus.workloads.mobility import Mobility, Position, Positions, RandomWayp
 from isthmus.workloads.model import Model, Part
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.service import SyntheticSpec
-from isthmus.workloads.units import Bytes, Joules, Seconds, Watt, parse_time
+from isthmus.workloads.units import Bytes, Joules, Seconds, Watt, as_float, parse_time
 
 Discipline = Literal["fifo", "edf", "priority", "ps"]
 
@@ -43,7 +43,7 @@ def _speed(value: Any) -> Any:
         if isinstance(speed, bool) or not isinstance(speed, int | float):
             raise ValueError(f"the speed {speed!r} is not a number (allowed: 1 is the node's usual speed, 0.5 half)")
         try:
-            pairs.append((parse_time(time), float(speed)))
+            pairs.append((parse_time(time), as_float(speed)))
         except InputError as error:
             raise ValueError(str(error)) from None
     return tuple(pairs)

@@ -5,7 +5,6 @@ Knows models and the file format. Must not know how the numbers were measured, n
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from pydantic import (
 )
 
 from isthmus.workloads.backend import BackendSpec
-from isthmus.workloads.documents import parse, read_text, write_text
+from isthmus.workloads.documents import parse, read_json, write_text
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.fit import Floats, fit_line, typical
 from isthmus.workloads.model import Model, Part, members
@@ -151,12 +150,7 @@ class Profile(_Frozen):
     @classmethod
     def load(cls, path: str | Path) -> Profile:
         """Read a profile. Raises InputError, naming the file and the first field that is wrong."""
-        text = read_text(path)
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"is not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
-        profile = parse(cls, data, where=path)
+        profile = parse(cls, read_json(path), where=path)
         profile._path = Path(path)
         return profile
 
