@@ -24,7 +24,7 @@ from isthmus.policies.contract import Policy
 from isthmus.policies.dispatch import Answer, Compiler, Start
 from isthmus.policies.plan import Compiled, Message
 from isthmus.policies.records import Kind, Span
-from isthmus.real.letters import Cell, Collected, Letter, Tensors, place_of, took
+from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version, place_of, took
 from isthmus.real.pressure import Usage, usage
 from isthmus.real.session import Array, PartSession
 from isthmus.real.slots import EmulatedSlots, HostSlots, Job, Slots
@@ -54,9 +54,11 @@ class Server(Protocol):
     node: Node
     testbed: Testbed
 
-    def session(self, part: Part) -> tuple[PartSession, float]: ...
+    def session(self, part: Part, version: str) -> tuple[PartSession, float]:
+        """InputError for a version that it does not have."""
 
-    def payload(self, request: Request) -> tuple[Tensors, Tensors]: ...
+    def payload(self, request: Request, version: str) -> tuple[Tensors, Tensors]:
+        """Inputs of a request, and that version's answer. InputError as above."""
 
     def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None: ...
 
@@ -118,12 +120,19 @@ class NodeCell:
         self._send.close()
         return used
 
-    def start(self, requests: Sequence[Request], policy: Policy, end_s: float) -> None:
+    def start(
+        self, requests: Sequence[Request], policy: Policy, end_s: float, versions: Mapping[str, str]
+    ) -> None:
         """Requests arise here."""
         self._source = SourceCell(
-            self.name, self.testbed, self.cell, self.clock, self._compile, policy, self._pace, self._begin, self.failed
-        )
+            self.name, self.testbed, self.cell, self.clock, self._compile, policy, versions,
+            self._pace, self._begin, self.failed,
+        )  # fmt: skip
         self._source.start(requests, end_s)
+
+    def use(self, model: str, version: str) -> None:
+        if self._source is not None:
+            self._source.use(model, version)
 
     def node_is(self, node: str, up: bool) -> None:
         if self._source is not None:
@@ -144,19 +153,20 @@ class NodeCell:
     def collect(self) -> Collected:
         records, decisions, done = ([], [], True) if self._source is None else self._source.collect()
         refusals = [self.refusals.popleft() for _ in range(len(self.refusals))]
-        return Collected(records, decisions, done, self.failure, refusals)
+        versions: frozenset[Version] = frozenset() if self._source is None else self._source.versions()
+        return Collected(records, decisions, done, self.failure, refusals, versions)
 
     def _pace(self, begun_s: float, cpu_s: float) -> float:
         """When work that began at that time is over on this node; it took so long on a processor of the host."""
         return self.clock.now_s if self._node.physical else begun_s + cpu_s * self._node.slowdown
 
-    def _begin(self, action: Start, since_s: float, begin_s: float) -> None:
+    def _begin(self, action: Start, version: str, since_s: float, begin_s: float) -> None:
         """Carry out a plan that was decided on from one time to the other."""
         spans = took(Kind.DECIDE, self.name, since_s, begin_s, action.attempt)
         letter = Letter(
-            self.cell.id, action.compiled.plan, action.request, action.attempt, -1, 0, begin_s, spans, overruns=0
+            self.cell.id, action.compiled.plan, action.request, action.attempt, version, -1, 0, begin_s, spans, 0
         )
-        payload, _ = self.server.payload(action.request)
+        payload, _ = self.server.payload(action.request, version)
         self._send_all(action.compiled, -1, letter, payload, begin_s)
 
     # Messages
@@ -293,6 +303,7 @@ class NodeCell:
         self._slots.submit(
             Job(
                 compiled.plan.stages[stage].part,
+                letter.version,
                 gathering.tensors,
                 letter.request,
                 letter.attempt,
@@ -310,18 +321,18 @@ class NodeCell:
 
         def compare() -> None:
             now_s = self.clock.now_s
-            _, expected = self.server.payload(request)
-            error, correct = _compare(gathering.tensors, expected, lossy=bool(letter.plan.codecs))
-            answer = Answer(tuple(gathering.spans.values()), correct, error, gathering.overruns)
+            _, expected = self.server.payload(request, letter.version)
+            error, correct = compare(gathering.tensors, expected, lossy=bool(letter.plan.codecs))
+            answer = Answer(tuple(gathering.spans.values()), correct, error, gathering.overruns, letter.version)
             source.answered(request, letter.attempt, answer, now_s)
 
         source.at(gathering.ready_s, compare)
 
     # Parts
 
-    def _compute(self, part: Part, tensors: Tensors) -> tuple[Tensors, float, float]:
+    def _compute(self, part: Part, version: str, tensors: Tensors) -> tuple[Tensors, float, float]:
         """Outputs, CPU seconds, CPU seconds of loading."""
-        session, load_s = self.server.session(part)
+        session, load_s = self.server.session(part, version)
         outputs, cpu_s = session.timed(tensors)
         return outputs, cpu_s, load_s
 
@@ -356,7 +367,7 @@ def _identity(span: Span) -> tuple[object, ...]:
     return (span.kind, span.place, span.start_s, span.end_s, span.stage)
 
 
-def _compare(answer: Tensors, expected: Mapping[str, Array], *, lossy: bool) -> tuple[float, bool]:
+def compare(answer: Tensors, expected: Mapping[str, Array], *, lossy: bool) -> tuple[float, bool]:
     """Largest relative difference, and whether the answer counts as the same.
 
     With a lossy codec the numbers differ by design: then the largest entry of each output has to be the same.

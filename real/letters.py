@@ -48,6 +48,8 @@ class Letter:
     plan: Plan
     request: Request
     attempt: int
+    version: str
+    """Of the request's model: every part that this attempt needs is computed with it."""
     message: int
     hop: int
     at_s: float
@@ -57,6 +59,10 @@ class Letter:
     @property
     def number(self) -> int:
         return self.request.number
+
+
+Version = tuple[str, str]
+"""A model's name, and which version of it."""
 
 
 @dataclass
@@ -70,6 +76,8 @@ class Collected:
     failure: BaseException | None
     refusals: list[str]
     """What was wrong with messages that the actor did not take."""
+    versions: frozenset[Version]
+    """What attempts at requests that are open were begun with."""
 
 
 def took(
@@ -93,8 +101,8 @@ _read_plan = lru_cache(maxsize=4096)(Plan.from_json)
 def letter_to(letter: Letter, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> bytes:
     """As it goes over the wire."""
     said = [
-        letter.cell, letter.plan.to_json(), letter.request, letter.attempt, letter.message, letter.hop, letter.at_s,
-        letter.spans, letter.overruns, shapes,
+        letter.cell, letter.plan.to_json(), letter.request, letter.attempt, letter.version, letter.message,
+        letter.hop, letter.at_s, letter.spans, letter.overruns, shapes,
     ]  # fmt: skip
     return json.dumps(said).encode()
 
@@ -102,10 +110,10 @@ def letter_to(letter: Letter, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> 
 def letter_from(content: bytes) -> tuple[Letter, Shapes]:
     """What `letter_to` wrote. InputError for anything else; whether its plan is possible, its receiver finds out."""
     try:
-        cell, plan, request, attempt, message, hop, at_s, spans, overruns, shapes = json.loads(content)
+        cell, plan, request, attempt, version, message, hop, at_s, spans, overruns, shapes = json.loads(content)
         letter = Letter(
-            _whole(cell), _read_plan(plan), _request(request), _whole(attempt), _whole(message), _whole(hop),
-            _number(at_s), tuple(map(_span, spans)), _whole(overruns),
+            _whole(cell), _read_plan(plan), _request(request), _whole(attempt), _text(version), _whole(message),
+            _whole(hop), _number(at_s), tuple(map(_span, spans)), _whole(overruns),
         )  # fmt: skip
         return letter, [(_dtype(dtype), tuple(map(_whole, shape))) for dtype, shape in shapes]
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -26,8 +26,8 @@ from isthmus.workloads.model import Part
 from isthmus.workloads.nodes import Node
 from isthmus.workloads.requests import Request
 
-Compute = Callable[[Part, Tensors], tuple[Tensors, float, float]]
-"""Runs a part: its outputs, the CPU seconds of that, and those of loading it."""
+Compute = Callable[[Part, str, Tensors], tuple[Tensors, float, float]]
+"""Runs a part of a version of its model: its outputs, the CPU seconds of that, and those of loading it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class Job:
     """
 
     part: Part
+    version: str
     tensors: Tensors
     request: Request
     attempt: int
@@ -107,7 +108,7 @@ class EmulatedSlots:
         self._commit = Timeline(clock, "commit", failed)
 
     def submit(self, job: Job) -> None:
-        result = self._pool.submit(self._compute, job.part, job.tensors)
+        result = self._pool.submit(self._compute, job.part, job.version, job.tensors)
         self._commit.at(job.ready_s, partial(self._ready, job, result))
 
     def close(self) -> None:
@@ -200,7 +201,7 @@ class HostSlots:
 
     def _work(self, job: Job) -> None:
         begun_s = self._clock.now_s
-        outputs, _, load_s = self._compute(job.part, job.tensors)
+        outputs, _, load_s = self._compute(job.part, job.version, job.tensors)
         end_s = self._clock.now_s
         if self._node.speed is not None:
             end_s = self._node.speed.finish_s(begun_s, end_s - begun_s)
