@@ -69,12 +69,34 @@ class Plan:
         try:
             data = json.loads(text)
             stages = tuple(
-                Stage(node, Part(model, int(layers, 16)), None if after is None else tuple(after))
+                Stage(
+                    _str(node), Part(_str(model), _layers(layers)), None if after is None else tuple(map(_int, after))
+                )
                 for node, model, layers, after in data["stages"]
             )
-            return cls(stages, tuple((t, c) for t, c in data["codecs"]), data["exit"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"not a plan: {error!r}") from None
+            exit_ = None if data["exit"] is None else _str(data["exit"])
+            return cls(stages, tuple((_str(t), _str(c)) for t, c in data["codecs"]), exit_)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(f"not a plan: {error!r}"[:200]) from None
+
+
+def _str(value: object) -> str:
+    if type(value) is not str:
+        raise TypeError(f"{type(value).__name__} where a name belongs")
+    return value
+
+
+def _int(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{type(value).__name__} where a number belongs")
+    return value
+
+
+def _layers(value: object) -> int:
+    layers = int(_str(value), 16)
+    if layers < 0:  # as a set it would have no end
+        raise ValueError(f"layers {layers}")
+    return layers
 
 
 def whole_on(model: Model, node: str) -> Plan:

@@ -24,10 +24,11 @@ from isthmus.policies.contract import Policy
 from isthmus.policies.dispatch import Answer, Compiler, Start
 from isthmus.policies.plan import Compiled, Message
 from isthmus.policies.records import Kind, Span
+from isthmus.real.intake import check
 from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version, place_of, took
 from isthmus.real.pressure import Usage, usage
 from isthmus.real.session import Array, PartSession
-from isthmus.real.slots import EmulatedSlots, HostSlots, Job, Slots
+from isthmus.real.slots import CannotRun, EmulatedSlots, HostSlots, Job, Slots
 from isthmus.real.source import SourceCell
 from isthmus.real.timeline import Clock, Timeline
 from isthmus.workloads.affliction import Losses, afflicted
@@ -46,6 +47,9 @@ from isthmus.workloads.transmitter import Transmitter
 TOLERANCE = 1e-5
 """Largest relative difference from the whole model's answer that counts as the same answer."""
 
+_SAID = 300
+"""Characters of a reason that go on: part of it may be what a stranger said."""
+
 
 class Server(Protocol):
     """What a cell has from its node, which outlives it."""
@@ -55,10 +59,10 @@ class Server(Protocol):
     testbed: Testbed
 
     def session(self, part: Part, version: str) -> tuple[PartSession, float]:
-        """InputError for a version that it does not have."""
+        """A part, and the CPU seconds that loading it took just now. CannotRun for a version that is not here."""
 
     def payload(self, request: Request, version: str) -> tuple[Tensors, Tensors]:
-        """Inputs of a request, and that version's answer. InputError as above."""
+        """Inputs of a request, and that version's answer to them. CannotRun as above."""
 
     def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None: ...
 
@@ -70,7 +74,8 @@ class Server(Protocol):
 class _Gathering:
     """What has come of the messages that a stage, or the answer, waits for."""
 
-    missing: int
+    missing: set[int]
+    """Of its plan's messages."""
     tensors: dict[str, Array] = field(default_factory=dict)
     spans: dict[tuple[object, ...], Span] = field(default_factory=dict)
     ready_s: float = 0.0
@@ -244,8 +249,9 @@ class NodeCell:
     def delivered(self, letter: Letter, arrays: Sequence[Array]) -> None:
         """A message is here. What is wrong with it is the sender's fault: its attempt is lost, and the node goes on."""
         try:
-            compiled = self._compile(letter.plan, letter.request.model, letter.request.source)
-            message = compiled.messages[letter.message]
+            compiled, message = check(letter, arrays, self.name, self.testbed, self._compile)
+            if letter.request.source == self.name and not (self._source and self._source.asked(letter.request)):
+                return  # of a time before this actor was started
             letter = self._stamped(letter, message)
             if letter.hop < len(message.links):
                 self._enter(message, letter, arrays)
@@ -257,14 +263,19 @@ class NodeCell:
                 parts = tuple(rest.pop(0) for _ in range(codec(c).arrays))
                 tensors[name] = codec(c).decode(parts, np.dtype(compiled.model.tensors[name].dtype))
         except InputError as error:
-            self.refusals.append(str(error))
-            self.server.note(letter.request.source, "lost", letter, f"{self.name} refused a message: {error}")
+            self._refuse(letter, f"refused a message: {error}")
             return
         ready_s = letter.at_s
         if letter.plan.codecs:
             ready_s = self._pace(letter.at_s, time.thread_time() - began)
         spans = took(Kind.DECODE, self.name, letter.at_s, ready_s, letter.attempt, message.source)
         self._arrived(compiled, message, replace(letter, at_s=ready_s, spans=letter.spans + spans), tensors)
+
+    def _refuse(self, letter: Letter, why: str) -> None:
+        """Nothing comes of a letter: its source has to know, and the driver."""
+        said = f"{self.name} {why}"[:_SAID]
+        self.refusals.append(said)
+        self.server.note(letter.request.source, "lost", letter, said)
 
     def _stamped(self, letter: Letter, message: Message) -> Letter:
         """A message with the time at which it was delivered, and what took time on its link."""
@@ -288,12 +299,18 @@ class NodeCell:
         stage = message.target
         key = (letter.request.source, letter.number, letter.attempt, stage)
         with self._lock:
-            gathering = self._gathering.setdefault(key, _Gathering(compiled.needs[stage]))
+            gathering = self._gathering.get(key)
+            if gathering is None:
+                awaited = {number for number, one in enumerate(compiled.messages) if one.target == stage}
+                gathering = self._gathering[key] = _Gathering(awaited)
+            if letter.message not in gathering.missing:
+                self.refusals.append(f"message {letter.message} has come twice")
+                return
             gathering.tensors.update(tensors)
             gathering.spans.update((_identity(span), span) for span in letter.spans)
             gathering.ready_s = max(gathering.ready_s, letter.at_s)
             gathering.overruns += letter.overruns
-            gathering.missing -= 1
+            gathering.missing.discard(letter.message)
             if gathering.missing:
                 return
             del self._gathering[key]
@@ -311,6 +328,7 @@ class NodeCell:
                 gathering.ready_s,
                 partial(self._cost_s, compiled, stage, letter.request),
                 partial(self._computed, compiled, stage, letter, gathering),
+                lambda error: self._refuse(letter, str(error)),
             )
         )
 
@@ -321,7 +339,11 @@ class NodeCell:
 
         def compare() -> None:
             now_s = self.clock.now_s
-            _, expected = self.server.payload(request, letter.version)
+            try:
+                _, expected = self.server.payload(request, letter.version)
+            except CannotRun as error:  # of an attempt that was given up; its version has gone since
+                self._refuse(letter, str(error))
+                return
             error, correct = compare(gathering.tensors, expected, lossy=bool(letter.plan.codecs))
             answer = Answer(tuple(gathering.spans.values()), correct, error, gathering.overruns, letter.version)
             source.answered(request, letter.attempt, answer, now_s)
@@ -333,7 +355,10 @@ class NodeCell:
     def _compute(self, part: Part, version: str, tensors: Tensors) -> tuple[Tensors, float, float]:
         """Outputs, CPU seconds, CPU seconds of loading."""
         session, load_s = self.server.session(part, version)
-        outputs, cpu_s = session.timed(tensors)
+        try:
+            outputs, cpu_s = session.timed(tensors)
+        except Exception as error:  # such as an index out of range: a runtime has errors of its own
+            raise CannotRun(f"cannot run {part} on what has come: {error}") from None
         return outputs, cpu_s, load_s
 
     def _cost_s(self, compiled: Compiled, stage: int, request: Request, cpu_s: float) -> float:

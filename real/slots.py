@@ -22,6 +22,7 @@ from typing import Protocol
 from isthmus.policies.records import Kind, Span
 from isthmus.real.letters import Tensors, took
 from isthmus.real.timeline import Clock, Timeline
+from isthmus.workloads.errors import InputError
 from isthmus.workloads.model import Part
 from isthmus.workloads.nodes import Node
 from isthmus.workloads.requests import Request
@@ -30,11 +31,16 @@ Compute = Callable[[Part, str, Tensors], tuple[Tensors, float, float]]
 """Runs a part of a version of its model: its outputs, the CPU seconds of that, and those of loading it."""
 
 
+class CannotRun(InputError):
+    """A part does not run on the tensors of a job, or is of a version that is not here."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A stage that has all its tensors. `cost_s` makes the node's time of the host's CPU seconds.
 
-    `ended` is told the outputs, when that was, what took time meanwhile, and how often the host was late.
+    `ended` is told the outputs, when that was, what took time meanwhile, and how often the host was late; `broke` why
+    there are none.
     """
 
     part: Part
@@ -46,6 +52,7 @@ class Job:
     ready_s: float
     cost_s: Callable[[float], float]
     ended: Callable[[Tensors, float, tuple[Span, ...], int], None]
+    broke: Callable[[CannotRun], None]
 
 
 class Slots(Protocol):
@@ -140,7 +147,12 @@ class EmulatedSlots:
 
     def _computed(self, job: Job, begun_s: float, result: Future[tuple[Tensors, float, float]]) -> None:
         """A job began at that time on the emulated hardware, and the host has its result: when does it end there?"""
-        outputs, cpu_s, load_s = result.result()
+        try:
+            outputs, cpu_s, load_s = result.result()
+        except CannotRun as error:
+            self._free(begun_s)
+            job.broke(error)
+            return
         finish = _at_once if self._node.speed is None else self._node.speed.finish_s
         loaded_s = finish(begun_s, load_s * self._node.slowdown)
         end_s = finish(loaded_s, job.cost_s(cpu_s))
@@ -201,7 +213,11 @@ class HostSlots:
 
     def _work(self, job: Job) -> None:
         begun_s = self._clock.now_s
-        outputs, _, load_s = self._compute(job.part, job.version, job.tensors)
+        try:
+            outputs, _, load_s = self._compute(job.part, job.version, job.tensors)
+        except CannotRun as error:
+            job.broke(error)
+            return
         end_s = self._clock.now_s
         if self._node.speed is not None:
             end_s = self._node.speed.finish_s(begun_s, end_s - begun_s)

@@ -56,10 +56,12 @@ class SourceCell:
         self._use = dict(versions)
         self._begun: dict[int, set[Version]] = {}  # of requests that are open
         self._versions = threading.Lock()
+        self._asked: dict[int, Request] = {}
 
     def start(self, requests: Sequence[Request], end_s: float) -> None:
         """Let these arise; what is open at the end stays unfinished."""
         self._left = len(requests)
+        self._asked = {request.number: request for request in requests}
         for request in requests:
             self._timeline.at(request.arrival_s, partial(self._arrive, request))
         self._timeline.at(end_s, partial(self._carry_out_since, self._dispatcher.end))
@@ -87,6 +89,9 @@ class SourceCell:
         """With which the answers may still come."""
         with self._versions:
             return frozenset(version for begun in self._begun.values() for version in begun)
+    def asked(self, request: Request) -> bool:
+        """Whether this is one of its requests."""
+        return self._asked.get(request.number) == request
 
     # What it is told; each is carried out on its own thread, in order of time
 
