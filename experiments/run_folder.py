@@ -352,6 +352,12 @@ class Run:
         frame[counts] = frame[counts].fillna(0).astype(int)
         return frame
 
+    def versions(self) -> pd.DataFrame:
+        """How many answers each version of each model gave: policy, model, version, answers, in the order of use."""
+        answered = self.requests.dropna(subset="version").sort_values("arrival_s", kind="stable")
+        counted = answered.groupby(["policy", "model", "version"], sort=False).size()
+        return counted.rename("answers").reset_index()
+
     def reasons(self) -> pd.DataFrame:
         """Why requests were not answered: policy, outcome, reason and how many, the most frequent first."""
         unanswered = self.requests.dropna(subset="reason")

@@ -101,10 +101,11 @@ class NodeCell:
         self._outages = [f for f in cell.faults if isinstance(f, LinkFault)] if not cell.cuts_links else []
         self._losses = Losses(cell.faults, cell.seed) if any(isinstance(f, LostMessages) for f in cell.faults) else None
         self._arrived_s: dict[LinkId, float] = {}  # over physical links: when the last message came
-        self._gathering: dict[tuple[str, int, int, int], _Gathering] = {}
+        self._gathering: dict[tuple[str, int, int, str, int], _Gathering] = {}
         self._lock = threading.Lock()
         self._noise: dict[str, Uniforms] = {}
         self.refusals: deque[str] = deque()
+        self._spoilt: dict[Version, str] = {}
         kind = HostSlots if self._node.physical else EmulatedSlots
         self._slots: Slots = kind(self._node, self.clock, self._compute, self.failed)
         self._send = Timeline(self.clock, "send", self.failed)
@@ -125,9 +126,7 @@ class NodeCell:
         self._send.close()
         return used
 
-    def start(
-        self, requests: Sequence[Request], policy: Policy, end_s: float, versions: Mapping[str, str]
-    ) -> None:
+    def start(self, requests: Sequence[Request], policy: Policy, end_s: float, versions: Mapping[str, str]) -> None:
         """Requests arise here."""
         self._source = SourceCell(
             self.name, self.testbed, self.cell, self.clock, self._compile, policy, versions,
@@ -159,7 +158,8 @@ class NodeCell:
         records, decisions, done = ([], [], True) if self._source is None else self._source.collect()
         refusals = [self.refusals.popleft() for _ in range(len(self.refusals))]
         versions: frozenset[Version] = frozenset() if self._source is None else self._source.versions()
-        return Collected(records, decisions, done, self.failure, refusals, versions)
+        spoilt, self._spoilt = self._spoilt, {}
+        return Collected(records, decisions, done, self.failure, refusals, spoilt, versions)
 
     def _pace(self, begun_s: float, cpu_s: float) -> float:
         """When work that began at that time is over on this node; it took so long on a processor of the host."""
@@ -275,6 +275,7 @@ class NodeCell:
         """Nothing comes of a letter: its source has to know, and the driver."""
         said = f"{self.name} {why}"[:_SAID]
         self.refusals.append(said)
+        self._spoilt[letter.request.model, letter.version] = said
         self.server.note(letter.request.source, "lost", letter, said)
 
     def _stamped(self, letter: Letter, message: Message) -> Letter:
@@ -297,7 +298,7 @@ class NodeCell:
     def _arrived(self, compiled: Compiled, message: Message, letter: Letter, tensors: Tensors) -> None:
         """Tensors for a stage here, ready at `letter.at_s`; when all that it waits for is known, it can run."""
         stage = message.target
-        key = (letter.request.source, letter.number, letter.attempt, stage)
+        key = (letter.request.source, letter.number, letter.attempt, letter.version, stage)
         with self._lock:
             gathering = self._gathering.get(key)
             if gathering is None:
@@ -341,10 +342,10 @@ class NodeCell:
             now_s = self.clock.now_s
             try:
                 _, expected = self.server.payload(request, letter.version)
-            except CannotRun as error:  # of an attempt that was given up; its version has gone since
-                self._refuse(letter, str(error))
+            except CannotRun as gone:  # of an attempt that was given up; its version has gone since
+                self._refuse(letter, str(gone))
                 return
-            error, correct = compare(gathering.tensors, expected, lossy=bool(letter.plan.codecs))
+            error, correct = _compare(gathering.tensors, expected, lossy=bool(letter.plan.codecs))
             answer = Answer(tuple(gathering.spans.values()), correct, error, gathering.overruns, letter.version)
             source.answered(request, letter.attempt, answer, now_s)
 
@@ -392,7 +393,7 @@ def _identity(span: Span) -> tuple[object, ...]:
     return (span.kind, span.place, span.start_s, span.end_s, span.stage)
 
 
-def compare(answer: Tensors, expected: Mapping[str, Array], *, lossy: bool) -> tuple[float, bool]:
+def _compare(answer: Tensors, expected: Mapping[str, Array], *, lossy: bool) -> tuple[float, bool]:
     """Largest relative difference, and whether the answer counts as the same.
 
     With a lossy codec the numbers differ by design: then the largest entry of each output has to be the same.

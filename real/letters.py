@@ -76,6 +76,8 @@ class Collected:
     failure: BaseException | None
     refusals: list[str]
     """What was wrong with messages that the actor did not take."""
+    spoilt: Mapping[Version, str]
+    """Versions of which an attempt has come to nothing here, and why."""
     versions: frozenset[Version]
     """What attempts at requests that are open were begun with."""
 

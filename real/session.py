@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from isthmus.real.cutter import cut_out
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.model import Model, Part, tensor_of
+from isthmus.workloads.model import Model, Part, model_proto, tensor_of
 
 Array = npt.NDArray[Any]
 PROVIDER = "CPUExecutionProvider"
@@ -91,6 +91,16 @@ def session_options(threads: int = 1, optimize: bool = True) -> ort.SessionOptio
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
+
+
+def inside(model: Model, names: Iterable[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """What these tensors of the whole model are for these inputs, also those that no output is."""
+    proto = model_proto(model)
+    outputs = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(v for v in proto.graph.value_info if v.name in set(names) - outputs)
+    wanted = [value.name for value in proto.graph.output]
+    session = ort.InferenceSession(proto.SerializeToString(), session_options(), [PROVIDER])
+    return {**feeds, **dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True))}
 
 
 def random_input(model: Model, index: int, seed: int) -> dict[str, Array]:

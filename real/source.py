@@ -89,6 +89,7 @@ class SourceCell:
         """With which the answers may still come."""
         with self._versions:
             return frozenset(version for begun in self._begun.values() for version in begun)
+
     def asked(self, request: Request) -> bool:
         """Whether this is one of its requests."""
         return self._asked.get(request.number) == request

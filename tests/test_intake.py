@@ -51,7 +51,7 @@ class Parcel:
         return [b"letter", json.dumps(self.said).encode(), *(array.tobytes() for array in self.arrays)]
 
 
-CELL, PLAN, REQUEST, ATTEMPT, MESSAGE, HOP, AT, SPANS, OVERRUNS, SHAPES = range(10)
+CELL, PLAN, REQUEST, ATTEMPT, VERSION, MESSAGE, HOP, AT, SPANS, OVERRUNS, SHAPES = range(11)
 """Places in what a letter says."""
 
 
@@ -76,7 +76,7 @@ def valid(testbed: Testbed) -> Callable[..., Parcel]:
         request = Request(number, "device", "chain", 1.0, 1.5)
         spans = (Span(Kind.COMPUTE, "device", 1.0, 1.02, 1, 0), Span(Kind.SEND, "device>edge", 1.02, 1.04, 1, 0, 4096))
         at = compiled.messages.index(message), message.path.index(HERE)
-        letter = Letter(cell, plan, request, 1, *at, 1.1, spans, 0)
+        letter = Letter(cell, plan, request, 1, model.version, *at, 1.1, spans, 0)
         return Parcel(json.loads(letter_to(letter, [(a.dtype.str, a.shape) for a in arrays])), arrays)
 
     return make
@@ -129,6 +129,7 @@ SPOILT: dict[int, list[Any]] = {
         [0, "device", "chain", float("nan"), None, None, 0],
     ],
     ATTEMPT: [0, -1, 99, 2**52, 1.0, "1", None, [1]],
+    VERSION: [None, True, 7, 0.5, [], {}],
     MESSAGE: [-1, 99, 2**52, 1.0, "1", None, [1]],
     HOP: [-1, 0, 1, 3, 99, "2", None],
     AT: [float("nan"), float("inf"), -1e9, 1e300, "1", None, [], True],
@@ -407,7 +408,8 @@ def _letter(testbed: Testbed, plan: Plan, source: int, target: int) -> Letter:
     [model] = testbed.models
     messages = Compiler(testbed)(plan, model, "device").messages
     [(number, message)] = [(i, m) for i, m in enumerate(messages) if (m.source, m.target) == (source, target)]
-    return Letter(0, plan, Request(0, "device", model, 0.0), 1, number, len(message.links), 0.0, (), 0)
+    version = testbed.models[model].version
+    return Letter(0, plan, Request(0, "device", model, 0.0), 1, version, number, len(message.links), 0.0, (), 0)
 
 
 def test_a_message_that_comes_twice_is_taken_once(synthetic):
