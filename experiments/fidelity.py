@@ -1,7 +1,4 @@
-"""The main job, whole: calibrate, simulate, run for real, compare, report. `isthmus demo` and `isthmus bench fidelity`.
-
-Knows the settings in which fidelity is measured; how each step is done is elsewhere.
-"""
+"""The settings in which fidelity is measured: `isthmus demo` and `isthmus bench fidelity`. How is in `validate.py`."""
 
 from __future__ import annotations
 
@@ -12,12 +9,10 @@ from typing import Any
 
 import yaml
 
-from isthmus.experiments.calibrating import calibrate
-from isthmus.experiments.compare import Comparison, compare, merge
-from isthmus.experiments.execute import Experiment, simulate
-from isthmus.experiments.real_run import run
+from isthmus.experiments.compare import Comparison, merge
+from isthmus.experiments.execute import Experiment
 from isthmus.experiments.report import write_report
-from isthmus.experiments.run_folder import Run
+from isthmus.experiments.validate import validate
 from isthmus.workloads.documents import write_text
 from isthmus.workloads.errors import unknown
 from isthmus.workloads.progress import Progress
@@ -114,24 +109,17 @@ def _measure(
             write_text(path, yaml.safe_dump(setting.experiment(uplink, requests), sort_keys=False))
             experiments[uplink] = Experiment.load(path)
         for number, (uplink, experiment) in enumerate(experiments.items()):
-            name = f"{setting.model}, {uplink} uplink"
-            calibrate(experiment, keep_profiles=number > 0, progress=_named(progress, f"{name}: calibrating"))
-            folder = out / f"{setting.model}-{uplink}"
-            simulated = simulate(
-                experiment, folder / "simulated", replace=True, progress=_named(progress, f"{name}: simulating")
-            )
-            real = run(experiment, folder / "real", replace=True, progress=_named(progress, f"{name}: running"))
-            again: Run | None = None
-            if repeat:
-                again = run(
-                    experiment, folder / "repeat", replace=True, progress=_named(progress, f"{name}: running again")
+            found.append(
+                validate(
+                    experiment,
+                    out / f"{setting.model}-{uplink}",
+                    name=f"{setting.model}, {uplink} uplink",
+                    repeat=repeat,
+                    keep_profiles=number > 0,
+                    progress=progress,
                 )
-            found.append(compare(simulated, real, again))
+            )
     merged = merge(found)
     report = out / "report.html"
     write_report(report, [merged], title=title)
     return merged, report
-
-
-def _named(progress: Progress, step: str) -> Progress:
-    return lambda done, total, text: progress(done, total, f"{step} ({text})")

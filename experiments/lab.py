@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
 
 from isthmus.experiments.execute import Experiment
 from isthmus.real.lab import HEAD, VARIABLE, Lab
@@ -73,11 +74,16 @@ def in_lab(experiment: Experiment, lab: Lab, cluster: ClusterSpec) -> Experiment
     faults = tuple(
         fault.model_copy(update=place) for fault in spec.faults for place in places(fault, testbed.members, linked)
     )
-    fields: Mapping[str, object] = {**dict(testbed), "nodes": nodes, "links": links, "cluster": cluster}
+    fields = {**_said(testbed), "nodes": nodes, "links": links, "cluster": cluster}
     changed = ExperimentSpec.model_validate(
-        {**dict(spec), "testbed": TestbedSpec.model_validate(fields), "workload": workload, "faults": faults}
+        {**_said(spec), "testbed": TestbedSpec.model_validate(fields), "workload": workload, "faults": faults}
     )
     return replace(experiment, spec=changed)
+
+
+def _said(spec: BaseModel) -> dict[str, object]:
+    """Its fields, without what was found out from them."""
+    return {name: getattr(spec, name) for name in type(spec).model_fields}
 
 
 def as_here(experiment: Experiment) -> Experiment:

@@ -1,7 +1,7 @@
 """`isthmus lab`: a cluster of several hosts inside this machine, from the command line. Knows how to ask and to show.
 
 Whatever is run in a lab finds it by the environment, and reads experiments as they are there: `lab run` is no more than
-`up`, `exec -- isthmus run`, and `down`.
+`up`, `exec -- isthmus validate`, and `down`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from isthmus.experiments import present
+from isthmus.experiments.execute import Experiment
 from isthmus.experiments.lab import hosts_and_links
 from isthmus.real.lab import HEAD, LABS, Lab, MadeBy, names
 from isthmus.real.lab_ray import environment, start_ray
@@ -85,13 +87,44 @@ def up_(
     _show([lab], as_json)
 
 
-@app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def run(context: typer.Context, file: File, cpu: Cpu = None, shaper: Shaper = None) -> None:
-    """Build a lab, run the experiment in it, take it down. Other options are those of `isthmus run`."""
-    with _taken_down(lambda: _up(f"{file.stem}-{os.getpid()}", file, cpu, shaper)) as lab:
-        start_ray(lab)
-        code = _call(lab, HEAD, [*_ISTHMUS, "run", str(file), *context.args])
-    raise typer.Exit(code)
+@app.command("run")
+def run(
+    files: Annotated[list[Path], typer.Argument(help="Experiments (YAML).", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where to write; a folder per experiment in it.")] = Path("runs/lab"),
+    repeat: Annotated[bool, typer.Option(help="Run a second time: how far can two real runs be apart?")] = True,
+    keep_profiles: Annotated[bool, typer.Option(help="Calibrate all but the profiles anew.")] = False,
+    cpu: Cpu = None,
+    shaper: Shaper = None,
+    as_json: Json = False,
+) -> None:
+    """Build a lab for each experiment; in it calibrate, simulate and run twice; take it down; compare.
+
+    Of experiments that share a model and a folder, the first one takes the profile.
+    """
+    from isthmus.experiments.compare import merge
+    from isthmus.experiments.report import write_report
+    from isthmus.experiments.tables import comparison_tables
+    from isthmus.experiments.validate import compared
+
+    profiled: set[tuple[Path, str]] = set()
+    for file in files:
+        experiment = Experiment.load(file)
+        models = {(experiment.store, source.model) for source in experiment.spec.workload}
+        more = ["--repeat" if repeat else "--no-repeat", f"--out={out}"]
+        more += ["--keep-profiles"] if keep_profiles or models <= profiled else []
+        profiled |= models
+        with _taken_down(partial(_up, f"{file.stem}-{os.getpid()}", file, cpu, shaper)) as lab:
+            start_ray(lab)
+            # Its own table is of one experiment; the one of all comes in the end.
+            if code := _call(lab, HEAD, [*_ISTHMUS, "validate", str(file), *more], quiet=True):
+                raise typer.Exit(code)
+    merged = merge([compared(out / file.stem, repeat=repeat) for file in files])
+    report = out / "report.html"
+    write_report(report, [merged], title="Isthmus: lab")
+    if as_json:
+        present.emit(merged.to_json() | {"report": str(report)})
+    else:
+        comparison_tables(merged, report)
 
 
 _ISTHMUS = (sys.executable, "-c", "from isthmus.experiments.cli import main; main()")
@@ -101,7 +134,11 @@ _ISTHMUS = (sys.executable, "-c", "from isthmus.experiments.cli import main; mai
 def _taken_down(make: Any) -> Iterator[Lab]:
     """A lab that is taken down in the end, also after Ctrl-C and when this process is asked to end."""
 
+    here = os.getpid()
+
     def end(number: int, _: object) -> None:
+        if os.getpid() != here:  # a fork of a library's: the lab is not its to take down
+            os._exit(128 + number)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)
@@ -115,9 +152,10 @@ def _taken_down(make: Any) -> Iterator[Lab]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _call(lab: Lab, host: str, arguments: list[str]) -> int:
+def _call(lab: Lab, host: str, arguments: list[str], *, quiet: bool = False) -> int:
     """Run a command in a host; its exit code. After Ctrl-C it has some seconds to end as it would alone."""
-    process = subprocess.Popen(lab.command(host, arguments), env=environment(lab))
+    out = subprocess.DEVNULL if quiet else None
+    process = subprocess.Popen(lab.command(host, arguments), env=environment(lab), stdout=out)
     try:
         return process.wait()
     except KeyboardInterrupt:

@@ -21,8 +21,9 @@ from isthmus.policies.plan import Plan
 from isthmus.policies.records import Record
 from isthmus.policies.registry import PolicySpec
 from isthmus.sim.simulator import simulate as simulate_cell
-from isthmus.workloads.errors import InputError
+from isthmus.workloads.errors import InputError, within
 from isthmus.workloads.faults import Fault
+from isthmus.workloads.nodes import Node
 from isthmus.workloads.profile import Machine
 from isthmus.workloads.progress import Progress
 from isthmus.workloads.requests import Request
@@ -170,7 +171,21 @@ def check_real(experiment: Experiment) -> list[str]:
                 f"node {name!r} is only {node.slowdown:g} times slower than this host, which leaves it little slack"
             )
         _check_cpu(services, where)
+        said += _check_backend(node, services, where)
     return said
+
+
+def _check_backend(node: Node, services: Sequence[Measured], where: str) -> list[str]:
+    """InputError for a backend that is not here, warnings about profiles of another version of it."""
+    from isthmus.real.backend import backend
+
+    with within(f"{where}.backend"):
+        here = backend(node.backend)
+    return [
+        f"node {node.name!r}: its profile is of {here.name} {version}, and this is {here.version}"
+        for version in {service.profile.backend_version for service in services}
+        if version != here.version
+    ]
 
 
 def _check_cpu(services: Sequence[Measured], where: str) -> None:

@@ -24,10 +24,11 @@ from isthmus.policies.contract import Policy
 from isthmus.policies.dispatch import Answer, Compiler, Start
 from isthmus.policies.plan import Compiled, Message
 from isthmus.policies.records import Kind, Span
+from isthmus.real.backend import Array
 from isthmus.real.intake import check
 from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version, place_of, took
 from isthmus.real.pressure import Usage, usage
-from isthmus.real.session import Array, PartSession
+from isthmus.real.session import PartSession
 from isthmus.real.slots import CannotRun, EmulatedSlots, HostSlots, Job, Slots
 from isthmus.real.source import SourceCell
 from isthmus.real.timeline import Clock, Timeline
@@ -45,7 +46,7 @@ from isthmus.workloads.testbed import Testbed
 from isthmus.workloads.transmitter import Transmitter
 
 TOLERANCE = 1e-5
-"""Largest relative difference from the whole model's answer that counts as the same answer."""
+"""Largest relative difference from the whole model's answer that counts as the same; more where a backend says so."""
 
 _SAID = 300
 """Characters of a reason that go on: part of it may be what a stranger said."""
@@ -58,8 +59,11 @@ class Server(Protocol):
     node: Node
     testbed: Testbed
 
+    @property
+    def tolerance(self) -> float: ...
+
     def session(self, part: Part, version: str) -> tuple[PartSession, float]:
-        """A part, and the CPU seconds that loading it took just now. CannotRun for a version that is not here."""
+        """A part, and the seconds that loading it took just now. CannotRun for a version that is not here."""
 
     def payload(self, request: Request, version: str) -> tuple[Tensors, Tensors]:
         """Inputs of a request, and that version's answer to them. CannotRun as above."""
@@ -79,6 +83,7 @@ class _Gathering:
     tensors: dict[str, Array] = field(default_factory=dict)
     spans: dict[tuple[object, ...], Span] = field(default_factory=dict)
     ready_s: float = 0.0
+    tolerance: float = TOLERANCE
     overruns: int = 0
 
 
@@ -311,6 +316,7 @@ class NodeCell:
             gathering.spans.update((_identity(span), span) for span in letter.spans)
             gathering.ready_s = max(gathering.ready_s, letter.at_s)
             gathering.overruns += letter.overruns
+            gathering.tolerance = max(gathering.tolerance, letter.tolerance)
             gathering.missing.discard(letter.message)
             if gathering.missing:
                 return
@@ -345,7 +351,7 @@ class NodeCell:
             except CannotRun as gone:  # of an attempt that was given up; its version has gone since
                 self._refuse(letter, str(gone))
                 return
-            error, correct = _compare(gathering.tensors, expected, lossy=bool(letter.plan.codecs))
+            error, correct = _compare(gathering.tensors, expected, gathering.tolerance, lossy=bool(letter.plan.codecs))
             answer = Answer(tuple(gathering.spans.values()), correct, error, gathering.overruns, letter.version)
             source.answered(request, letter.attempt, answer, now_s)
 
@@ -384,7 +390,12 @@ class NodeCell:
     ) -> None:
         if self._source is not None and self._is_source(letter):
             self._source.stage_done(letter.request, letter.attempt, stage, end_s)
-        passed = replace(letter, spans=(*gathering.spans.values(), *spans), overruns=gathering.overruns + overruns)
+        passed = replace(
+            letter,
+            spans=(*gathering.spans.values(), *spans),
+            overruns=gathering.overruns + overruns,
+            tolerance=max(gathering.tolerance, self.server.tolerance),
+        )
         self._send_all(compiled, stage, passed, outputs, end_s)
 
 
@@ -393,7 +404,7 @@ def _identity(span: Span) -> tuple[object, ...]:
     return (span.kind, span.place, span.start_s, span.end_s, span.stage)
 
 
-def _compare(answer: Tensors, expected: Mapping[str, Array], *, lossy: bool) -> tuple[float, bool]:
+def _compare(answer: Tensors, expected: Mapping[str, Array], tolerance: float, *, lossy: bool) -> tuple[float, bool]:
     """Largest relative difference, and whether the answer counts as the same.
 
     With a lossy codec the numbers differ by design: then the largest entry of each output has to be the same.
@@ -401,4 +412,4 @@ def _compare(answer: Tensors, expected: Mapping[str, Array], *, lossy: bool) -> 
     error = max(float(np.max(np.abs(answer[n] - e)) / (np.max(np.abs(e)) or 1.0)) for n, e in expected.items())
     if lossy:
         return error, all(np.argmax(answer[n]) == np.argmax(e) for n, e in expected.items())
-    return error, error <= TOLERANCE
+    return error, error <= tolerance

@@ -29,11 +29,12 @@ from isthmus.workloads.requests import Request
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.transport import MSS_BYTES, slow_start
 
-_LONGEST_S = 0.4
+_LONGEST_S = 0.2
 """What the longest message of a measurement may take."""
 _LEAST_BYTES, _MOST_BYTES = 50_000, 1_600_000
 _REPEATS = 8
-_GAP_S = 0.03
+_TRAIN = 12
+_GAP_S = 0.02
 _PAUSES_S = (1.5, 0.6, 0.3, 0.15)
 _NOTICED = 0.1
 _PATIENCE_S = 60.0
@@ -97,14 +98,11 @@ class Probe:
 
     def measure(self, link: LinkId, declared_bytes_per_s: float | None = None) -> LinkCost:
         """What one direction carries, and how long that takes. RunFailure when messages do not arrive."""
-        short, long = 4_000, _LEAST_BYTES
-        sizes = [short, long] * 4
-        times = self._send(link, sizes, [0.5] * len(sizes))
-        latency_s, per_byte = _fit(sizes[2:], times[2:])
-        largest = int(min(max(_LONGEST_S / max(per_byte, 1e-12), _LEAST_BYTES), _MOST_BYTES))
+        rate = self._train(link, _LEAST_BYTES)
+        largest = int(min(max(_LONGEST_S * rate, _LEAST_BYTES), _MOST_BYTES))
+        rate = self._train(link, largest // 4)  # TCP's window is as wide now as the link needs it
         sizes = Random(0).sample([largest // share for share in (16, 4, 2, 1)] * _REPEATS, 4 * _REPEATS)
-        # Every message finds the link free, and no pause long enough for TCP to start anew.
-        gaps = [_GAP_S + 1.3 * (latency_s + size * per_byte) for size in (sizes[0], *sizes[:-1])]
+        gaps = [_GAP_S, *(_GAP_S + size / rate for size in sizes[:-1])]  # each finds the link free, but not for long
         times = self._send(link, sizes, gaps)
         latency_s, per_byte = _fit(sizes, times)
         rate = 1 / max(per_byte, 1e-12)
@@ -119,13 +117,20 @@ class Probe:
             samples=tuple((size, round(seconds, 7)) for size, seconds in zip(sizes, times, strict=True)),
         )
 
+    def _train(self, link: LinkId, size: int) -> float:
+        """Bytes per second of messages that follow each other at once: how far apart the later ones arrive."""
+        times = self._send(link, [size] * _TRAIN, [0.0] * _TRAIN, since_first=True)
+        later = times[_TRAIN // 3 :]
+        return size * (len(later) - 1) / max(later[-1] - later[0], 1e-9)
+
     def _slow_start(self, link: LinkId, size: int, rate: float, latency_s: float) -> SlowStart | None:
         """How messages fare after pauses: from when on they take longer, and as if from which window."""
         warm_s = latency_s + size / rate
         excess: dict[float, float] = {}
         for pause_s in _PAUSES_S:
             gap_s = warm_s + pause_s
-            excess[pause_s] = float(np.median(self._send(link, [size] * 5, [gap_s] * 5)[1:])) - warm_s
+            self._train(link, size // 2)
+            excess[pause_s] = float(np.median(self._send(link, [size] * 5, [gap_s] * 5))) - warm_s
         worst_s = excess[_PAUSES_S[0]]
         if worst_s < max(_NOTICED * warm_s, 1e-3):
             return None
@@ -139,14 +144,17 @@ class Probe:
         idle_s = min(pause_s for pause_s in _PAUSES_S if excess[pause_s] > worst_s / 2)
         return SlowStart(window=window, idle=idle_s)
 
-    def _send(self, link: LinkId, sizes: Sequence[int], gaps_s: Sequence[float]) -> list[float]:
-        """Seconds from handing over to having, of each message."""
+    def _send(
+        self, link: LinkId, sizes: Sequence[int], gaps_s: Sequence[float], *, since_first: bool = False
+    ) -> list[float]:
+        """Seconds from handing over to having, of each message; or from handing over the first."""
         a, b = link
         numbers = list(islice(self._number, len(sizes)))
         went = self._ask(a, "send", b, numbers, list(sizes), list(gaps_s))
         came = self._ask(b, "arrivals", numbers)
         apart_s = self._offsets[b].offset_s - self._offsets[a].offset_s
-        times = [there - here - apart_s for here, there in zip(went, came, strict=True)]
+        began = [went[0]] * len(went) if since_first else went
+        times = [there - here - apart_s for here, there in zip(began, came, strict=True)]
         if not np.isfinite(times).all():
             raise RunFailure(f"messages from {a!r} to {b!r} do not arrive")
         return times

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.policies.contract import Policy
+from isthmus.real.backend import backend
 from isthmus.real.cell import TOLERANCE, NodeCell
 from isthmus.real.clocks import Reading, reading
 from isthmus.real.cluster import own_address
@@ -72,7 +73,7 @@ class NodeServer:
         for name, version in [of for of in self._models if own[of[0]] != of[1]]:
             self.forget(name, version)
         for key in self._sessions.keys() - {(part, own[part.model]) for part in parts}:
-            del self._sessions[key]
+            self._sessions.pop(key).close()
         protos: dict[str, Any] = {}
         for part in parts:
             if (part, own[part.model]) not in self._sessions:
@@ -98,7 +99,7 @@ class NodeServer:
         for part in sorted(parts, key=lambda part: part.layers):
             session = staged[part, here.version] = self._warm(here, part, proto)
             if part in probes:
-                check(session, probes[part], TOLERANCE)
+                check(session, probes[part], max(TOLERANCE, self.tolerance))
         answers = [] if seed is None else self._answers(here, seed)
         for _, expected in answers:
             check_finite(expected, f"{here.name} {here.version}")
@@ -112,7 +113,7 @@ class NodeServer:
         self._models.pop((model, version), None)
         self._references.pop((model, version), None)
         for key in [key for key in list(self._sessions) if key[0].model == model and key[1] == version]:
-            self._sessions.pop(key, None)
+            self._sessions.pop(key).close()
 
     def use(self, model: str, version: str) -> None:
         """Begin attempts at requests that arise here with this version from now on."""
@@ -196,24 +197,29 @@ class NodeServer:
 
     # For the cell
 
+    @property
+    def tolerance(self) -> float:
+        """How far from ONNX Runtime's its answers may be: see `Backend`."""
+        return backend(self.node.backend).tolerance
+
     def session(self, part: Part, version: str) -> tuple[PartSession, float]:
-        """A part, and the CPU seconds that loading it took just now: 0 where it is resident."""
+        """A part, and the seconds that loading it took just now, by the session's clock: 0 where it is resident."""
         session = self._sessions.get((part, version))
         if session is not None:
             return session, 0.0
-        model = self._models.get((part.model, version))
+        model, runtime = self._models.get((part.model, version)), backend(self.node.backend)
         if model is None:
             raise _absent(part.model, version)
-        session = self._sessions[part, version] = PartSession(model, part)
+        session = self._sessions[part, version] = PartSession(model, part, backend=runtime)
         return session, session.load_s
 
     def _answers(self, model: Model, seed: int) -> list[tuple[Tensors, Tensors]]:
-        whole = self._sessions.get((model.whole(), model.version)) or PartSession(model, model.whole())
+        whole = PartSession(model, model.whole())  # in ONNX Runtime, whatever this node computes with
         inputs = [random_input(model, i, seed) for i in range(PAYLOADS)]
         return [(given, whole.run(given)) for given in inputs]
 
     def _warm(self, model: Model, part: Part, proto: Any) -> PartSession:
-        session = PartSession(model, part, proto=proto)
+        session = PartSession(model, part, proto=proto, backend=backend(self.node.backend))
         feeds = random_tensors(model, session.inputs, np.random.default_rng(0))
         for _ in range(_WARM_UPS):
             session.run(feeds)

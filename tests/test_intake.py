@@ -51,7 +51,7 @@ class Parcel:
         return [b"letter", json.dumps(self.said).encode(), *(array.tobytes() for array in self.arrays)]
 
 
-CELL, PLAN, REQUEST, ATTEMPT, VERSION, MESSAGE, HOP, AT, SPANS, OVERRUNS, SHAPES = range(11)
+CELL, PLAN, REQUEST, ATTEMPT, VERSION, MESSAGE, HOP, AT, SPANS, OVERRUNS, TOLERANCE, SHAPES = range(12)
 """Places in what a letter says."""
 
 
@@ -153,6 +153,7 @@ SPOILT: dict[int, list[Any]] = {
         ),
     ],
     OVERRUNS: [-1, "0", None, 0.0],
+    TOLERANCE: [None, "0", float("nan"), []],
     SHAPES: [None, "x", [], [["<f4"]], [["<f4", "x"]], [[[], []]], 5],
 }
 CLAIMS = [["|O", []], ["<f4", [2**40]], ["<f4", [-1]], ["<U8", [4]], ["<f4", [2**32, 2**32]], ["V8", [1]], ["<f4", [0]],

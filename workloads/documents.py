@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from contextlib import suppress
@@ -49,6 +50,16 @@ def read_yaml(path: str | Path) -> Any:
         raise InputError(f"not YAML: {problem}", where=place) from None
 
 
+def read_json(path: str | Path) -> Any:
+    """A JSON file. InputError with the line when it is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"is not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise InputError(f"is not JSON: {error}", where=path) from None
+
+
 def parse(kind: type[Document], data: Any, *, where: object) -> Document:
     """Validate; the first thing wrong becomes an InputError that names file, field, value and what is allowed."""
     if data is None:
@@ -61,6 +72,8 @@ def parse(kind: type[Document], data: Any, *, where: object) -> Document:
         return kind.model_validate(data)
     except ValidationError as error:
         raise InputError(_first(error, kind, data), where=where) from None
+    except OverflowError as error:  # pydantic takes whole numbers of any size for a float
+        raise InputError(f"a number is out of range: {error}", where=where) from None
 
 
 def _first(error: ValidationError, kind: type[BaseModel], data: Any) -> str:
