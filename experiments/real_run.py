@@ -63,6 +63,7 @@ def run(
     wrong: Counter[str] = Counter()
     pressure: dict[str, Any] = {}
     became: list[dict[str, Any]] = []
+    energy: dict[str, Any] = {}
     with ExitStack() as stack:
         ray = stack.enter_context(connect(experiment.testbed_spec.cluster, experiment.folder))
         fleet = stack.enter_context(Fleet(ray, testbed))
@@ -94,12 +95,16 @@ def run(
                 updated=_keeping(became, policy=policy.label, seed=seed),
                 tick=tick,
             )
-            pressure[f"{policy.label}/{seed}"] = vars(felt)
-            warnings += [f"{policy.label}: {said}" for said in felt.warnings()]
+            pressure[f"{policy.label}/{seed}"] = vars(felt.pressure)
+            energy[f"{policy.label}/{seed}"] = {
+                node: vars(felt.energy[node]) if node in felt.energy else {"joules": None, "source": "modelled"}
+                for node in testbed.nodes
+            }
+            warnings += [f"{policy.label}: {said}" for said in felt.pressure.warnings()]
         if progress is not None:
             progress(total, total, "done")
         warnings += [f"{label}: {count} answers were not the whole model's" for label, count in (+wrong).items()]
-        writer.add_facts(pressure=pressure, warnings=warnings, clocks=fleet.clocks())
+        writer.add_facts(pressure=pressure, energy=energy, warnings=warnings, clocks=fleet.clocks())
     return Run.load(out)
 
 

@@ -95,10 +95,15 @@ def facts(temp: str) -> dict[str, Any]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(_existing(Path(temp)))
     token = os.environ.get("RAY_AUTH_TOKEN_PATH") or str(Path.home() / ".ray" / "auth_token")
     isthmus, code, missing = _isthmus()
+    brought = packages_distributions()  # ONNX Runtime comes in one of several packages
     return {
         "name": socket.gethostname(),
         "python": platform.python_version(),
-        "packages": {"isthmus": isthmus} | {name: _version(name) for name in ("ray", "onnxruntime", "onnx", "zmq")},
+        "packages": {"isthmus": isthmus}
+        | {
+            name: version(brought[name][0]) if name in brought else None
+            for name in ("ray", "onnxruntime", "onnx", "zmq")
+        },
         "missing": missing,
         "code": code,
         "machine": platform.machine(),
@@ -152,11 +157,6 @@ def strays() -> dict[str, str]:
 
 def _existing(folder: Path) -> Path:
     return next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
-
-
-def _version(module: str) -> str | None:
-    """Of what brings a module: for ONNX Runtime one of several packages."""
-    return next((version(package) for package in packages_distributions().get(module, ())), None)
 
 
 def _isthmus() -> tuple[str | None, str, str]:

@@ -122,7 +122,7 @@ def letter_from(content: bytes) -> tuple[Letter, Shapes]:
             _whole(hop), _number(at_s), tuple(map(_span, spans)), _whole(overruns), _number(tolerance),
         )  # fmt: skip
         return letter, [(_dtype(dtype), tuple(map(_whole, shape))) for dtype, shape in shapes]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, OverflowError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"not a letter: {type(error).__name__}: {error}") from None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from isthmus.real.clocks import Reading, reading
 from isthmus.real.cluster import own_address
 from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version
 from isthmus.real.model_files import Files, unpacked
+from isthmus.real.power import Energy, PowerLog
 from isthmus.real.pressure import Usage
 from isthmus.real.profiler import this_machine
 from isthmus.real.release import Probe, check, check_finite
@@ -54,6 +56,7 @@ class NodeServer:
         self._sessions: dict[tuple[Part, str], PartSession] = {}
         self._references: dict[Version, list[tuple[Tensors, Tensors]]] = {}
         self._cell: NodeCell | None = None
+        self._power = PowerLog() if self.node.physical else None
         self._gone = threading.Event()
         self._wire = Wire(address or own_address(), self._delivered, self._told, self._refused)
 
@@ -126,6 +129,8 @@ class NodeServer:
         gc.collect()
         gc.freeze()  # a collection of what is here for good would take 13-20 ms in the middle of a run
         self._cell = NodeCell(self, cell)
+        if self._power is not None:
+            self._power.start()
 
     def start(self, requests: Sequence[Request], policy: Policy, end_s: float, versions: Mapping[str, str]) -> None:
         """Requests will arise here, under this policy; what is open at `end_s` stays unfinished.
@@ -145,13 +150,17 @@ class NodeServer:
         if self._cell is not None:
             self._cell.node_is(node, up)
 
-    def close(self) -> Usage | None:
-        """End the cell; returns what it used of the host."""
+    def close(self) -> tuple[Usage, Energy | None] | None:
+        """End the cell; what it used of the host, and the energy of a physical node whose host measures it."""
         if self._cell is None:
             return None
+        energy, began, ends = None, self._cell.cell.epoch, time.monotonic()
+        if self._power is not None:
+            self._power.stop()
+            energy = self._power.energy(began, ends) if began < ends else None
         used = self._cell.close()
         self._cell = None
-        return used
+        return used, energy
 
     def watch(self) -> None:
         """Never returns: whoever waits for it learns when this actor is gone."""

@@ -148,7 +148,7 @@ class _Tegrastats:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self._listener = threading.Thread(target=self._listen, args=(self._process,), daemon=True, name="tegrastats")
         self._listener.start()
-        if not self._printed.wait(5):
+        if not self._printed.wait(5) or not self.newest:
             raise RunFailure(f"{self._program} prints no rails")
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
@@ -158,6 +158,7 @@ class _Tegrastats:
                 if found := rails(line):
                     self.newest = found
                     self._printed.set()
+        self._printed.set()  # or never will
 
     def stop(self) -> None:
         if self._process is not None:

@@ -27,6 +27,7 @@ import psutil
 
 from isthmus.real.backend import Array
 from isthmus.real.backend import backend as find_backend
+from isthmus.real.host_facts import processor
 from isthmus.real.onnxruntime_backend import CPU, session_options
 from isthmus.real.session import PartSession, random_input, random_tensors
 from isthmus.workloads.backend import DEFAULT, BackendSpec
@@ -305,16 +306,10 @@ def _profile(
 
 
 def this_machine(label: str) -> Machine:
-    """This machine, with the processor's name from Linux where that tells it."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        cpu = found[1] if found else cpu
-    except OSError:
-        pass
+    """This machine, with the name of its processor or board."""
     return Machine(
         label=label,
-        cpu=cpu,
+        cpu=processor(),
         cores=os.cpu_count() or 1,
         platform=platform.platform(),
         python=platform.python_version(),
