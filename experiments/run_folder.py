@@ -373,10 +373,13 @@ class Run:
         return frame
 
     def versions(self) -> pd.DataFrame:
-        """How many answers each version of each model gave: policy, model, version, answers, in the order of use."""
-        answered = self.requests.dropna(subset="version").sort_values("arrival_s", kind="stable")
-        counted = answered.groupby(["policy", "model", "version"], sort=False).size()
-        return counted.rename("answers").reset_index()
+        """How many answers each version of each model gave: policy, model, version in the order of use, answers."""
+        answered = self.requests.dropna(subset="version")
+        counted = answered.groupby(["policy", "model", "version"], sort=False).size().rename("answers").reset_index()
+        place = {policy: number for number, policy in enumerate(dict.fromkeys(counted["policy"]))}
+        return counted.sort_values(
+            ["policy", "model"], key=lambda of: of.map(place) if of.name == "policy" else of, kind="stable"
+        )
 
     def reasons(self) -> pd.DataFrame:
         """Why requests were not answered: policy, outcome, reason and how many, the most frequent first."""

@@ -21,6 +21,7 @@ from isthmus.workloads.errors import InputError, unknown
 from isthmus.workloads.model import Tensor
 from isthmus.workloads.testbed import Testbed
 
+_TOLERANCE = 0.1  # as `check_backend` allows at most
 _TIMES_S = -1.0, 1e9  # clocks of hosts differ a little
 _TIMES = "{:g} to {:g} s, in order".format(*_TIMES_S)
 _LINK_KINDS = (Kind.WAIT, Kind.SEND)
@@ -56,6 +57,8 @@ def check(
         raise InputError(f"a letter of time {letter.at_s:g} s", allowed=_TIMES)
     if letter.overruns < 0:
         raise InputError(f"{letter.overruns} overruns", allowed="0 or more")
+    if not 0 <= letter.tolerance <= _TOLERANCE:
+        raise InputError(f"a tolerance of {letter.tolerance:g}", allowed=f"0 to {_TOLERANCE:g}")
     for span in letter.spans:
         _check_span(span, testbed)
     _check_arrays(arrays, message, compiled.model.tensors, used=letter.hop == len(message.links))

@@ -55,4 +55,4 @@ def check_finite(tensors: Mapping[str, Array], where: str) -> None:
     """RunFailure where a tensor holds what is no number."""
     for name, value in tensors.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise RunFailure(f"{where} makes {name!r} of what is not a number")
+            raise RunFailure(f"{where}: {name!r} holds what is not a number")

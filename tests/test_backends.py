@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -379,6 +381,24 @@ def test_a_node_takes_the_profile_of_its_backend_and_no_other(measured, chain, t
     measured.save(profile_path(store, "chain", "host"))
     with pytest.raises(InputError, match="measured with openvino, and a node that takes it computes with onnxruntime"):
         build()
+
+
+def isthmus_command(*arguments: str, cwd: Path) -> dict | list:
+    command = [sys.executable, "-c", "from isthmus.experiments.cli import main; main()", *arguments, "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / ".src")}
+    return json.loads(subprocess.run(command, cwd=cwd, capture_output=True, check=True, env=environment).stdout)
+
+
+def test_the_command_line_lists_backends_and_profiles_with_them(chain, tmp_path):
+    rows = {row["name"]: row for row in isthmus_command("backends", cwd=tmp_path)}
+    assert CPU in rows["onnxruntime"]["devices"]
+    assert rows["torch"]["version"] == named("torch").version
+    asked = ("profile", str(chain), "--quick", "--pace", "0s", "--backend", "{name: openvino, device: CPU}")
+    said = isthmus_command(*asked, cwd=tmp_path)
+    assert (said["backend"], said["provider"], said["clock"]) == ("openvino", "CPU", "cpu")
+    assert Profile.load(tmp_path / said["file"]).backend_arguments == {"device": "CPU"}
+    [row] = isthmus_command("bench", "backends", "--model", str(chain), "--backend", "openvino", cwd=tmp_path)
+    assert row["error"] <= row["tolerance"]
 
 
 # In an emulated run

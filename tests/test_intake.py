@@ -153,7 +153,7 @@ SPOILT: dict[int, list[Any]] = {
         ),
     ],
     OVERRUNS: [-1, "0", None, 0.0],
-    TOLERANCE: [None, "0", float("nan"), []],
+    TOLERANCE: [-1, 1e300, float("nan"), "0", None],
     SHAPES: [None, "x", [], [["<f4"]], [["<f4", "x"]], [[[], []]], 5],
 }
 CLAIMS = [["|O", []], ["<f4", [2**40]], ["<f4", [-1]], ["<U8", [4]], ["<f4", [2**32, 2**32]], ["V8", [1]], ["<f4", [0]],
@@ -469,3 +469,24 @@ def test_tensors_that_a_part_cannot_be_run_on_cost_their_request_only(physical, 
         assert len(collected.refusals) == 2
         assert all("cannot run" in said for said in collected.refusals)
         assert [t[:2] for t in told if t[1] == "lost"] == [("device", "lost")] * 2
+
+
+def test_a_version_that_is_not_here_costs_its_request_only(synthetic):
+    testbed = synthetic(NODES)
+    model = testbed.models["chain"]
+    letter = _letter(testbed, split(model, (2,), ("device", HERE)), 0, 1)
+    [name] = model.cuts[2].crossing
+    values = np.zeros(model.tensors[name].shape, np.float32)
+    with _alone(HERE, testbed) as server:
+        sent: list[Letter] = []
+        server.send = lambda node, letter, arrays: sent.append(letter)  # type: ignore[method-assign]
+        server._delivered(replace(letter, version="0" * 12), [values])
+        server._delivered(replace(letter, request=letter.request._replace(number=1)), [values])
+        until = time.monotonic() + 10
+        while not sent and time.monotonic() < until:
+            time.sleep(0.01)
+        collected = server.collect()
+        assert [(it.number, it.version) for it in sent] == [(1, model.version)]
+        assert collected.failure is None
+        assert collected.refusals == [f"{HERE} has no version {'0' * 12} of chain"]
+        assert list(collected.spoilt) == [("chain", "0" * 12)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import resource
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from isthmus.experiments.execute import Experiment, simulate
 from isthmus.experiments.run_folder import Run
 from isthmus.experiments.traces import find_traces
 from isthmus.policies.plan import Plan, compile_plan, split
+from isthmus.workloads.documents import read_yaml
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.model import load_model, model_proto
 from isthmus.workloads.overheads import Overheads
@@ -280,3 +282,174 @@ def test_broken_files_are_refused_or_taken(kinds, tmp_path_factory):
     assert all(outcomes[name, True] > 5 for name in kinds)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < MEMORY_BYTES
+
+
+# Made to break what reads them: small files that claim much, point elsewhere, or run
+
+
+def _bomb(text: str, levels: int = 12) -> str:
+    """Ten to the power of `levels` strings in a few hundred bytes, as the value of `text`."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join([*lines, f"{text}: *a{levels - 1}"])
+
+
+YAML = {
+    "aliases": _bomb("name"),
+    "merged": "a: &a {x: 1}\nb: &b {<<: [*a, *a]}\n" + _bomb("models"),
+    "itself": "name: &a [*a]\nmodels: {net: squeezenet}\nnodes: {device: {}}",
+    "itself in a mapping": "models: &a {net: *a}\nnodes: {device: {}}",
+    "calls": "name: !!python/object/apply:os.system ['touch pwned']",
+    "makes": "name: !!python/object/new:builtins.list [[1]]",
+    "deep": "name: " + "[" * 5_000,
+    "deeper": "name: " + "{a: " * 5_000,
+    "key": "{" * 500 + "}" * 500,
+    "group": "models: {net: squeezenet}\nnodes: {device: {count: 1000000000000}}",
+    "slots": "models: {net: squeezenet}\nnodes: {device: {slots: 1000000000000, service: {mean: 1s}}}",
+    "hexadecimal": "models: {net: squeezenet}\nnodes: {device: {slowdown: 0x" + "f" * 9000 + "}}",
+    "digits": "models: {net: squeezenet}\nnodes: {device: {slowdown: " + "9" * 9000 + "}}",
+    "sixty": "models: {net: squeezenet}\nnodes: {device: {slowdown: " + ":".join(["1"] * 9000) + "}}",
+    "null": "name: \0",
+    "two": "a: 1\n---\nb: 2",
+    "binary": "name: !!binary " + "QUJD" * 10,
+    "set": "nodes: !!set {a, b}\nmodels: {net: squeezenet}",
+    "date": "nodes: 2024-02-30\nmodels: {net: squeezenet}",
+    "changes": "models: {net: squeezenet}\nnodes: {a: {service: {mean: 1s}}, b: {service: {mean: 1s}}}\n"
+    "links: [{between: [a, b], rate: {kind: markov, states: [[1Mbit, 1ns], [2Mbit, 1ns]], duration: 1000h}}]",
+    "file": "models: {net: ../../../../etc/passwd}\nnodes: {device: {service: {mean: 1s}}}",
+    "device": "models: {net: /dev/zero}\nnodes: {device: {service: {mean: 1s}}}",
+}
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_hostile_yaml_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "testbed.yaml"
+    path.write_text(YAML[name])
+    said = _refused_or_taken(Kind("testbed.yaml", b"", _testbed), path)
+    assert str(path) in said
+    assert len(said) < 1000
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_aliases_that_save_a_little_are_fine(tmp_path):
+    (tmp_path / "some.yaml").write_text("a: &a {x: 1, y: [1, 2]}\nb: *a\nc: [*a, *a, *a]")
+    assert read_yaml(tmp_path / "some.yaml")["c"][2] == {"x": 1, "y": [1, 2]}
+
+
+def _folding(operator: str, *values: Any, **attributes: Any) -> onnx.ModelProto:
+    """A model that adds to its input what an operator makes of constants."""
+    constants = [numpy_helper.from_array(np.array(value), f"k{i}") for i, value in enumerate(values)]
+    nodes = [
+        helper.make_node(operator, [k.name for k in constants], ["huge"], **attributes),
+        helper.make_node("Add", ["x", "huge"], ["y"]),
+    ]
+    return _graph(nodes, constants)
+
+
+def _graph(nodes: list[Any], constants: list[Any] = [], **more: Any) -> onnx.ModelProto:  # noqa: B006
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+        constants,
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("f", 1)], **more)
+
+
+def _external(location: str, **more: str) -> onnx.ModelProto:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1, 4], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": location, **more}.items():
+        tensor.external_data.add(key=key, value=value)
+    return _graph([helper.make_node("Add", ["x", "w"], ["y"])], [tensor])
+
+
+def _claims(*dims: int, kind: int = TensorProto.FLOAT) -> onnx.ModelProto:
+    tensor = TensorProto(name="w", data_type=kind, dims=dims, raw_data=b"1234")
+    return _graph([helper.make_node("Add", ["x", "w"], ["y"])], [tensor])
+
+
+def _functions(levels: int, *, loop: bool = False) -> onnx.ModelProto:
+    """Each calls the next one ten times."""
+    ids = [helper.make_opsetid("", 17), helper.make_opsetid("f", 1)]
+    made = []
+    for level in range(levels):
+        last = level == levels - 1
+        operator, domain = ("f0", "f") if last and loop else ("Relu", "") if last else (f"f{level + 1}", "f")
+        names = ["a", *(f"t{i}" for i in range(9)), "b"]
+        body = [helper.make_node(operator, [names[i]], [names[i + 1]], domain=domain) for i in range(10)]
+        made.append(helper.make_function("f", f"f{level}", ["a"], ["b"], body, ids))
+    return _graph([helper.make_node("f0", ["x"], ["y"], domain="f")], functions=made)
+
+
+ONNX: dict[str, Callable[[], onnx.ModelProto]] = {
+    "constant of a huge shape": lambda: _folding("ConstantOfShape", [2**40]),
+    "expanded": lambda: _folding("Expand", [1.0], [2**36, 4]),
+    "tiled": lambda: _folding("Tile", [1.0], [2**36]),
+    "range": lambda: _folding("Range", 0.0, 1e12, 1.0),
+    "one of many": lambda: _folding("OneHot", [1], 2**40, [0.0, 1.0]),
+    "padded": lambda: _folding("Pad", [1.0], [2**36, 0]),
+    "product": lambda: _folding("MatMul", np.ones((100_000, 1), np.float32), np.ones((1, 100_000), np.float32)),
+    "resized": lambda: _folding("Resize", np.ones((1, 1, 2, 2), np.float32), np.zeros(0, np.float32),
+                                np.array([1, 1, 1e6, 1e6], np.float32)),
+    "drawn": lambda: _folding("RandomNormal", shape=[2**36]),
+    "passwords": lambda: _external("../../../../../../etc/passwd"),
+    "absolute": lambda: _external("/etc/passwd"),
+    "endless": lambda: _external("/dev/zero"),
+    "folder": lambda: _external("."),
+    "nothing": lambda: _external(""),
+    "linked": lambda: _external("link"),
+    "negative offset": lambda: _external("weights", offset="-5", length="16"),
+    "huge length": lambda: _external("weights", length=str(2**62)),
+    "no number": lambda: _external("weights", offset="x"),
+    "claim": lambda: _claims(2**40),
+    "claims": lambda: _claims(2**31, 2**31, 2**31),
+    "negative claim": lambda: _claims(-4),
+    "unknown type": lambda: _claims(1, kind=77),
+    "no type": lambda: _claims(1, kind=0),
+    "text": lambda: _claims(1, kind=TensorProto.STRING),
+    "functions": lambda: _functions(12),
+    "functions for ever": lambda: _functions(3, loop=True),
+    "a circle": lambda: _graph([helper.make_node("Add", ["x", "b"], ["a"]), helper.make_node("Relu", ["a"], ["b"]),
+                                helper.make_node("Relu", ["a"], ["y"])]),
+    "one name twice": lambda: _graph([helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Abs", ["x"], ["y"])]),
+    "no such operator": lambda: _graph([helper.make_node("Destroy", ["x"], ["y"])]),
+    "no input": lambda: _graph([helper.make_node("Shape", [], ["s"]), helper.make_node("Relu", ["x"], ["y"])]),
+    "no output": lambda: _graph([helper.make_node("Relu", ["x"], [])]),
+    "an empty name": lambda: _graph([helper.make_node("Relu", ["x"], [""]), helper.make_node("Relu", ["x"], ["y"])]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONNX)
+def test_hostile_models_are_refused_or_harmless(name, tmp_path):
+    (tmp_path / "weights").write_bytes(b"\0" * 16)
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    path = tmp_path / "m.onnx"
+    path.write_bytes(ONNX[name]().SerializeToString())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    said = _refused_or_taken(Kind("m.onnx", b"", _model), path)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY_BYTES
+    if said:
+        assert str(path) in said
+    if name in ("passwords", "absolute", "endless", "folder", "nothing", "linked"):
+        assert "external weights cannot be read" in said
+
+
+def test_no_file_is_unpickled():
+    """What runs code when it is read is not read: by name, and by the switches that would allow it."""
+    rooms = Path(__file__).parents[1]
+    never = re.compile(
+        r"pickle\.loads?\((?!pickle\.dumps)|joblib|shelve|marshal|read_pickle|allow_pickle\s*=\s*True|torch\.load\("
+        r"|yaml\.(unsafe_|full_)?load\((?!text, _Loader)|UnsafeLoader|FullLoader|(?<![.\w])(eval|exec)\("
+    )
+    # The processes of a lab talk over pipes and a socket in a folder that is root's alone, and read no file so.
+    pipes = {"real/lab.py", "real/lab_keeper.py"}
+    found = [
+        f"{file.relative_to(rooms)}:{number}: {line.strip()}"
+        for room in ("workloads", "policies", "sim", "real", "experiments")
+        for file in sorted((rooms / room).glob("*.py"))
+        if str(file.relative_to(rooms)) not in pipes
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if never.search(line)
+    ]
+    assert found == []

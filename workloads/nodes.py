@@ -134,7 +134,7 @@ class NodeSpec(_Spec):
     With `count` it is a group of alike: `cam` with a count of 3 is `cam-0`, `cam-1` and `cam-2`.
     """
 
-    count: int | None = Field(default=None, ge=1, description="a group of so many: NAME-0, NAME-1, …")
+    count: int | None = Field(default=None, ge=1, le=1_000_000, description="a group of so many: NAME-0, NAME-1, …")
     serves: bool | None = Field(
         default=None, description="whether policies may offload to it; by default all that are not in a group"
     )
@@ -151,7 +151,7 @@ class NodeSpec(_Spec):
     backend: BackendSpec = Field(
         default=DEFAULT, description="what runs its parts in a real run, as `isthmus backends` lists it"
     )
-    slots: int = Field(default=1, ge=1, description="requests that it computes at the same time")
+    slots: int = Field(default=1, ge=1, le=1_000_000, description="requests that it computes at the same time")
     discipline: Discipline = Field(
         default="fifo",
         description="who is served next: first come, earliest deadline, highest priority; ps: all at once, shared",

@@ -251,7 +251,7 @@ class Testbed:
 
         def known(link: Link) -> Link:
             if link.is_plain and link.rate.is_constant:
-                return link
+                return link  # there is nothing to hide
             medium = link.medium and replace(link.medium, rate=mean(link.medium.rate.mean_bytes_per_s))
             rate = mean(link.bottleneck.mean_bytes_per_s)
             return replace(link, rate=rate, medium=medium, jitter=None, loss=0.0, slow_start=None)
