@@ -18,18 +18,20 @@ import numpy as np
 
 from isthmus.policies.contract import Policy
 from isthmus.real.backend import backend
-from isthmus.real.cell import NodeCell
+from isthmus.real.cell import TOLERANCE, NodeCell
 from isthmus.real.clocks import Reading, reading
 from isthmus.real.cluster import own_address
-from isthmus.real.letters import Cell, Collected, Letter, Tensors
+from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version
 from isthmus.real.model_files import Files, unpacked
 from isthmus.real.power import Energy, PowerLog
 from isthmus.real.pressure import Usage
 from isthmus.real.profiler import this_machine
+from isthmus.real.release import Probe, check, check_finite
 from isthmus.real.session import Array, PartSession, random_input, random_tensors
+from isthmus.real.slots import CannotRun
 from isthmus.real.wire import Address, Wire
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.model import Part, model_proto
+from isthmus.workloads.model import Model, Part, model_proto
 from isthmus.workloads.profile import Machine
 from isthmus.workloads.requests import Request
 from isthmus.workloads.testbed import Testbed
@@ -50,8 +52,9 @@ class NodeServer:
         here = {n: unpacked(model, files[n]) for n, model in testbed.models.items()}
         self.name, self.testbed = name, replace(testbed, models=here)
         self.node = testbed.nodes[name]
-        self._sessions: dict[Part, PartSession] = {}
-        self._references: dict[str, list[tuple[Tensors, Tensors]]] = {}
+        self._models: dict[Version, Model] = {(n, model.version): model for n, model in here.items()}
+        self._sessions: dict[tuple[Part, str], PartSession] = {}
+        self._references: dict[Version, list[tuple[Tensors, Tensors]]] = {}
         self._cell: NodeCell | None = None
         self._power = PowerLog() if self.node.physical else None
         self._gone = threading.Event()
@@ -68,22 +71,57 @@ class NodeServer:
         self._wire.connect(peers)
 
     def load(self, parts: Sequence[Part]) -> None:
-        """Have exactly these parts resident and warm."""
-        for part in [p for p in self._sessions if p not in parts]:
-            self._sessions.pop(part).close()
+        """Have exactly these parts resident and warm, and of every model only the version that the testbed has."""
+        own = {name: model.version for name, model in self.testbed.models.items()}
+        for name, version in [of for of in self._models if own[of[0]] != of[1]]:
+            self.forget(name, version)
+        for key in self._sessions.keys() - {(part, own[part.model]) for part in parts}:
+            self._sessions.pop(key).close()
         protos: dict[str, Any] = {}
         for part in parts:
-            if part not in self._sessions:
+            if (part, own[part.model]) not in self._sessions:
+                model = self.testbed.models[part.model]
                 if part.model not in protos:
-                    protos[part.model] = model_proto(self.testbed.models[part.model])
-                self._sessions[part] = self._warm(part, protos[part.model])
+                    protos[part.model] = model_proto(model)
+                self._sessions[part, model.version] = self._warm(model, part, protos[part.model])
 
     def prepare_answers(self, model: str, seed: int) -> None:
         """Payloads for requests that arise here, and the whole model's answers to them."""
         of = self.testbed.models[model]
-        whole = PartSession(of, of.whole())  # in ONNX Runtime, whatever this node computes with
-        inputs = [random_input(of, i, seed) for i in range(PAYLOADS)]
-        self._references[model] = [(given, whole.run(given)) for given in inputs]
+        self._references[model, of.version] = self._answers(of, seed)
+
+    def stage(self, model: Model, files: Files, probes: Mapping[Part, Probe], seed: int | None) -> None:
+        """Have another version of a model beside what there is: all parts that are resident, warm and checked.
+
+        With a `seed` also its answers to the requests that arise here. RunFailure or InputError when it does not work.
+        """
+        here = unpacked(model, files)
+        parts = {part for part, _ in list(self._sessions) if part.model == here.name} | probes.keys()
+        proto = model_proto(here)
+        staged = {}
+        for part in sorted(parts, key=lambda part: part.layers):
+            session = staged[part, here.version] = self._warm(here, part, proto)
+            if part in probes:
+                check(session, probes[part], max(TOLERANCE, self.tolerance))
+        answers = [] if seed is None else self._answers(here, seed)
+        for _, expected in answers:
+            check_finite(expected, f"{here.name} {here.version}")
+        if answers:
+            self._references[here.name, here.version] = answers
+        self._sessions.update(staged)
+        self._models[here.name, here.version] = here
+
+    def forget(self, model: str, version: str) -> None:
+        """Have a version no longer. Messages that want it are refused."""
+        self._models.pop((model, version), None)
+        self._references.pop((model, version), None)
+        for key in [key for key in list(self._sessions) if key[0].model == model and key[1] == version]:
+            self._sessions.pop(key).close()
+
+    def use(self, model: str, version: str) -> None:
+        """Begin attempts at requests that arise here with this version from now on."""
+        if self._cell is not None:
+            self._cell.use(model, version)
 
     def open(self, cell: Cell) -> None:
         """Begin a cell: a clean state and a clock."""
@@ -94,10 +132,13 @@ class NodeServer:
         if self._power is not None:
             self._power.start()
 
-    def start(self, requests: Sequence[Request], policy: Policy, end_s: float) -> None:
-        """Requests will arise here, under this policy; what is open at `end_s` stays unfinished."""
+    def start(self, requests: Sequence[Request], policy: Policy, end_s: float, versions: Mapping[str, str]) -> None:
+        """Requests will arise here, under this policy; what is open at `end_s` stays unfinished.
+
+        Attempts begin with these versions, by model.
+        """
         assert self._cell is not None
-        self._cell.start(requests, policy, end_s)
+        self._cell.start(requests, policy, end_s, versions)
 
     def collect(self) -> Collected:
         """What was closed since the last call, and whether something went wrong."""
@@ -170,25 +211,35 @@ class NodeServer:
         """How far from ONNX Runtime's its answers may be: see `Backend`."""
         return backend(self.node.backend).tolerance
 
-    def session(self, part: Part) -> tuple[PartSession, float]:
+    def session(self, part: Part, version: str) -> tuple[PartSession, float]:
         """A part, and the seconds that loading it took just now, by the session's clock: 0 where it is resident."""
-        if part in self._sessions:
-            return self._sessions[part], 0.0
-        model, runtime = self.testbed.models[part.model], backend(self.node.backend)
-        session = self._sessions[part] = PartSession(model, part, backend=runtime)
+        session = self._sessions.get((part, version))
+        if session is not None:
+            return session, 0.0
+        model, runtime = self._models.get((part.model, version)), backend(self.node.backend)
+        if model is None:
+            raise _absent(part.model, version)
+        session = self._sessions[part, version] = PartSession(model, part, backend=runtime)
         return session, session.load_s
 
-    def _warm(self, part: Part, proto: Any) -> PartSession:
-        model = self.testbed.models[part.model]
+    def _answers(self, model: Model, seed: int) -> list[tuple[Tensors, Tensors]]:
+        whole = PartSession(model, model.whole())  # in ONNX Runtime, whatever this node computes with
+        inputs = [random_input(model, i, seed) for i in range(PAYLOADS)]
+        return [(given, whole.run(given)) for given in inputs]
+
+    def _warm(self, model: Model, part: Part, proto: Any) -> PartSession:
         session = PartSession(model, part, proto=proto, backend=backend(self.node.backend))
         feeds = random_tensors(model, session.inputs, np.random.default_rng(0))
         for _ in range(_WARM_UPS):
             session.run(feeds)
         return session
 
-    def payload(self, request: Request) -> tuple[Tensors, Tensors]:
-        """Inputs and reference answer of a request."""
-        return self._references[request.model][request.number % PAYLOADS]
+    def payload(self, request: Request, version: str) -> tuple[Tensors, Tensors]:
+        """Inputs of a request, and the whole model's answer to them."""
+        answers = self._references.get((request.model, version))
+        if answers is None:
+            raise _absent(request.model, version)
+        return answers[request.number % PAYLOADS]
 
     def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None:
         """Pass a message on. One to a node that is gone is lost; its dispatcher learns of it from the driver."""
@@ -197,3 +248,7 @@ class NodeServer:
     def note(self, node: str, what: str, letter: Letter, value: Any) -> None:
         """Tell the cell of another node something about an attempt."""
         self._wire.tell(node, json.dumps([what, letter.cell, letter.number, letter.attempt, value]).encode())
+
+
+def _absent(model: str, version: str) -> CannotRun:
+    return CannotRun(f"has no version {version} of {model}")

@@ -27,12 +27,12 @@ from isthmus.workloads.model import Part
 from isthmus.workloads.nodes import Node
 from isthmus.workloads.requests import Request
 
-Compute = Callable[[Part, Tensors], tuple[Tensors, float, float]]
-"""Runs a part: its outputs, the CPU seconds of that, and those of loading it."""
+Compute = Callable[[Part, str, Tensors], tuple[Tensors, float, float]]
+"""Runs a part of a version of its model: its outputs, the CPU seconds of that, and those of loading it."""
 
 
 class CannotRun(InputError):
-    """A part does not run on the tensors of a job."""
+    """A part does not run on the tensors of a job, or is of a version that is not here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Job:
     """
 
     part: Part
+    version: str
     tensors: Tensors
     request: Request
     attempt: int
@@ -114,7 +115,7 @@ class EmulatedSlots:
         self._commit = Timeline(clock, "commit", failed)
 
     def submit(self, job: Job) -> None:
-        result = self._pool.submit(self._compute, job.part, job.tensors)
+        result = self._pool.submit(self._compute, job.part, job.version, job.tensors)
         self._commit.at(job.ready_s, partial(self._ready, job, result))
 
     def close(self) -> None:
@@ -213,7 +214,7 @@ class HostSlots:
     def _work(self, job: Job) -> None:
         begun_s = self._clock.now_s
         try:
-            outputs, _, load_s = self._compute(job.part, job.tensors)
+            outputs, _, load_s = self._compute(job.part, job.version, job.tensors)
         except CannotRun as error:
             job.broke(error)
             return
