@@ -24,16 +24,19 @@ from isthmus.policies.contract import Policy
 from isthmus.policies.dispatch import Answer, Compiler, Start
 from isthmus.policies.plan import Compiled, Message
 from isthmus.policies.records import Kind, Span
-from isthmus.real.letters import Cell, Collected, Letter, Tensors, place_of, took
+from isthmus.real.letters import Cell, Collected, Letter, Tensors, place_of, refusal_from, took
 from isthmus.real.pressure import Usage, usage
-from isthmus.real.session import Array, PartSession
-from isthmus.real.slots import EmulatedSlots, HostSlots, Job, Slots
+from isthmus.real.residents import Residents, Shaped
+from isthmus.real.session import Array
+from isthmus.real.slots import EmulatedSlots, HostSlots, Job, Slots, Together
 from isthmus.real.source import SourceCell
 from isthmus.real.timeline import Clock, Timeline
+from isthmus.real.together import run_together
 from isthmus.workloads.affliction import Losses, afflicted
 from isthmus.workloads.codecs import codec
 from isthmus.workloads.errors import InputError, IsthmusError, RunFailure
 from isthmus.workloads.faults import LinkFault, LostMessages
+from isthmus.workloads.memory import Memory
 from isthmus.workloads.model import Part
 from isthmus.workloads.nodes import Node
 from isthmus.workloads.random import Uniforms
@@ -53,8 +56,7 @@ class Server(Protocol):
     name: str
     node: Node
     testbed: Testbed
-
-    def session(self, part: Part) -> tuple[PartSession, float]: ...
+    residents: Residents
 
     def payload(self, request: Request) -> tuple[Tensors, Tensors]: ...
 
@@ -98,8 +100,7 @@ class NodeCell:
         self._lock = threading.Lock()
         self._noise: dict[str, Uniforms] = {}
         self.refusals: deque[str] = deque()
-        kind = HostSlots if self._node.physical else EmulatedSlots
-        self._slots: Slots = kind(self._node, self.clock, self._compute, self.failed)
+        self._slots = self._make_slots()
         self._send = Timeline(self.clock, "send", self.failed)
         self._source: SourceCell | None = None
         self._before = usage()
@@ -135,6 +136,12 @@ class NodeCell:
         """An attempt will not be answered."""
         if self._source is not None:
             self._source.lost(number, attempt, reason)
+
+    def refused(self, number: int, attempt: int, why: Sequence[Any]) -> None:
+        """A node had no room for a stage of an attempt."""
+        if self._source is not None:
+            reason, spans = refusal_from(why)
+            self._source.refused(number, attempt, reason, spans)
 
     def got(self, number: int, attempt: int, load: int) -> None:
         """The first node of a physical link has what the source sent: its last byte left about a round trip ago."""
@@ -300,6 +307,7 @@ class NodeCell:
                 gathering.ready_s,
                 partial(self._cost_s, compiled, stage, letter.request),
                 partial(self._computed, compiled, stage, letter, gathering),
+                partial(self._refuse, letter, gathering),
             )
         )
 
@@ -319,9 +327,28 @@ class NodeCell:
 
     # Parts
 
+    def _make_slots(self) -> Slots:
+        node, budget = self._node, self._node.memory_bytes
+        if node.physical:
+            memory = None if budget is None else Memory(budget, self._takes)
+            return HostSlots(node, self.clock, self._load, self.server.residents.keep, memory, self.failed)
+        factor = partial(self.testbed.batch_factor, self.name)
+        emulated = None if budget is None else Memory[Shaped](budget, lambda it: self.testbed.needs(self.name, it[0]))
+        return EmulatedSlots(node, self.clock, self._compute, factor, emulated, self.failed)
+
+    def _takes(self, shaped: Shaped) -> tuple[float, float]:
+        """The memory that a session takes on the host; how long it takes to load is seen when it is."""
+        part, size = shaped
+        return self.testbed.models[part.model].memory_bytes(part, size), 0.0
+
+    def _load(self, part: Part, size: int) -> tuple[Together, bool]:
+        session, load_s = self.server.residents.session(part, size)
+        model = self.testbed.models[part.model]
+        return lambda feeds: run_together(session, model, feeds, size), load_s > 0
+
     def _compute(self, part: Part, tensors: Tensors) -> tuple[Tensors, float, float]:
         """Outputs, CPU seconds, CPU seconds of loading."""
-        session, load_s = self.server.session(part)
+        session, load_s = self.server.residents.session(part)
         outputs, cpu_s = session.timed(tensors)
         return outputs, cpu_s, load_s
 
@@ -349,6 +376,14 @@ class NodeCell:
             self._source.stage_done(letter.request, letter.attempt, stage, end_s)
         passed = replace(letter, spans=(*gathering.spans.values(), *spans), overruns=gathering.overruns + overruns)
         self._send_all(compiled, stage, passed, outputs, end_s)
+
+    def _refuse(self, letter: Letter, gathering: _Gathering) -> None:
+        """There is no room for a stage: the request's source has to know, with what took time until then."""
+        spans, reason = tuple(gathering.spans.values()), f"no room at {self.name}"
+        if self._source is not None and self._is_source(letter):
+            self._source.refused(letter.number, letter.attempt, reason, spans)
+        else:
+            self.server.note(letter.request.source, "refused", letter, [reason, spans])
 
 
 def _identity(span: Span) -> tuple[object, ...]:

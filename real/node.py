@@ -11,9 +11,8 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
-
-import numpy as np
 
 from isthmus.policies.contract import Policy
 from isthmus.real.cell import NodeCell
@@ -23,19 +22,19 @@ from isthmus.real.letters import Cell, Collected, Letter, Tensors
 from isthmus.real.model_files import Files, unpacked
 from isthmus.real.pressure import Usage
 from isthmus.real.profiler import this_machine
-from isthmus.real.session import Array, PartSession, random_input, random_tensors
+from isthmus.real.residents import Residents
+from isthmus.real.session import Array, random_input
 from isthmus.real.wire import Address, Wire
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.model import Part, model_proto
+from isthmus.workloads.model import Part
 from isthmus.workloads.profile import Machine
 from isthmus.workloads.requests import Request
 from isthmus.workloads.testbed import Testbed
 
-_NOTES = {"lost": str, "got": int}
+_NOTES = {"lost": str, "got": int, "refused": list}
 """What cells tell each other besides letters, and of what type."""
 PAYLOADS = 4
 """Different inputs that the requests of a run take in turn; each has a reference answer."""
-_WARM_UPS = 5
 
 
 class NodeServer:
@@ -47,7 +46,9 @@ class NodeServer:
         here = {n: unpacked(model, files[n]) for n, model in testbed.models.items()}
         self.name, self.testbed = name, replace(testbed, models=here)
         self.node = testbed.nodes[name]
-        self._sessions: dict[Part, PartSession] = {}
+        self._sizes = self.node.batch.sizes if self.node.physical and self.node.batch is not None else (1,)
+        filed = self.node.physical and self.node.memory_bytes is not None
+        self.residents = Residents(self.testbed.models, filed=filed)
         self._references: dict[str, list[tuple[Tensors, Tensors]]] = {}
         self._cell: NodeCell | None = None
         self._gone = threading.Event()
@@ -64,26 +65,20 @@ class NodeServer:
         self._wire.connect(peers)
 
     def load(self, parts: Sequence[Part]) -> None:
-        """Have exactly these parts resident and warm."""
-        for part in [p for p in self._sessions if p not in parts]:
-            del self._sessions[part]
-        protos: dict[str, Any] = {}
-        for part in parts:
-            if part not in self._sessions:
-                if part.model not in protos:
-                    protos[part.model] = model_proto(self.testbed.models[part.model])
-                self._sessions[part] = self._warm(part, protos[part.model])
+        """Have exactly these parts resident and warm; where memory is limited, ready to be loaded."""
+        self.residents.prepare(product(parts, self._sizes))
 
     def prepare_answers(self, model: str, seed: int) -> None:
         """Payloads for requests that arise here, and the whole model's answers to them."""
         of = self.testbed.models[model]
-        whole = self._sessions.get(of.whole()) or PartSession(of, of.whole())
+        whole = self.residents.whole(of)
         inputs = [random_input(of, i, seed) for i in range(PAYLOADS)]
         self._references[model] = [(given, whole.run(given)) for given in inputs]
 
     def open(self, cell: Cell) -> None:
         """Begin a cell: a clean state and a clock."""
         self.close()
+        self.residents.begin()
         gc.collect()
         gc.freeze()  # a collection of what is here for good would take 13-20 ms in the middle of a run
         self._cell = NodeCell(self, cell)
@@ -154,21 +149,6 @@ class NodeServer:
             self._cell.refusals.append(why)
 
     # For the cell
-
-    def session(self, part: Part) -> tuple[PartSession, float]:
-        """A part, and the CPU seconds that loading it took just now: 0 where it is resident."""
-        if part in self._sessions:
-            return self._sessions[part], 0.0
-        session = self._sessions[part] = PartSession(self.testbed.models[part.model], part)
-        return session, session.load_s
-
-    def _warm(self, part: Part, proto: Any) -> PartSession:
-        model = self.testbed.models[part.model]
-        session = PartSession(model, part, proto=proto)
-        feeds = random_tensors(model, session.inputs, np.random.default_rng(0))
-        for _ in range(_WARM_UPS):
-            session.run(feeds)
-        return session
 
     def payload(self, request: Request) -> tuple[Tensors, Tensors]:
         """Inputs and reference answer of a request."""

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from isthmus.real.cutter import cut_out
+from isthmus.real.cutter import Graph, graph_of
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.model import Model, Part, tensor_of
+from isthmus.workloads.model import Model, Part
 
 Array = npt.NDArray[Any]
 PROVIDER = "CPUExecutionProvider"
@@ -37,19 +37,20 @@ class PartSession:
         threads: int = 1,
         optimize: bool = True,
         proto: onnx.ModelProto | None = None,
+        graph: Graph | None = None,
     ) -> None:
         """`optimize=False` keeps the graph as it is: slower, and cut models then agree bit for bit.
 
-        `proto` is `model_proto(model)`, for who loads several parts, or that of a batch. Raises InputError as `cut_out`
-        does, or if ONNX Runtime does not take the part.
+        `proto` is `model_proto(model)`, for who loads several parts, or that of a batch; `graph` the part itself, for
+        who has it. Raises InputError as `cut_out` does, or if ONNX Runtime does not take the part.
         """
+        if graph is None:
+            graph = graph_of(model, part, proto)
         self.part = part
         self.inputs = model.part_inputs(part)
         self.outputs = model.part_outputs(part)
-        cut = cut_out(model, part, proto)
-        self._expected = {value.name: tensor_of(value) for value in cut.graph.input}
-        content = cut.SerializeToString()
-        del cut
+        self.takes, self.gives = graph.inputs, graph.outputs
+        content = graph.content
         started_s = time.thread_time()
         try:
             self._session = ort.InferenceSession(content, session_options(threads, optimize), [PROVIDER])
@@ -71,11 +72,11 @@ class PartSession:
         return dict(zip(self.outputs, values, strict=True)), cpu_s
 
     def _check(self, feeds: Mapping[str, Array]) -> None:
-        if feeds.keys() != self._expected.keys():
+        if feeds.keys() != self.takes.keys():
             given = ", ".join(feeds) or "nothing"
             raise InputError(f"{self.part} was given {given}", allowed=", ".join(self.inputs))
         for name, value in feeds.items():
-            tensor = self._expected[name]
+            tensor = self.takes[name]
             if value.shape != tensor.shape or value.dtype.name != tensor.dtype:
                 problem = f"{self.part} was given {name!r} as {value.dtype.name} {list(value.shape)}"
                 raise InputError(problem, allowed=f"{tensor.dtype} {list(tensor.shape)}")
