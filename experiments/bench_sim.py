@@ -116,25 +116,34 @@ SCALE = (10, 100, 1_000, 10_000, 100_000)
 def bench_scale(
     *, devices: tuple[int, ...] = SCALE, requests: int = 1_000_000, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-    """One row per number of devices, at least `requests` each: CPU microseconds per request, and memory.
+    """Rows per number of devices, of at least `requests` and 100 per device: CPU microseconds per request, and memory.
 
-    Every fifty devices have a server of their own, so that load per server is the same at any size. Each row is
-    measured in a process of its own. Set-up is all that comes before the first event: reading, checking, linking.
+    Two cases. `one server`: the load of the canonical workload, spread over more and more devices, so that the same
+    happens at the same time and only the number of devices differs. `a server per 50`: every device at the canonical
+    rate, and every fifty with a server of their own, so that with the devices grows what happens at the same time.
+
+    Each row is measured in a process of its own. Set-up is all that comes before the first event: reading, checking,
+    linking.
     """
     rows = []
-    for number, count in enumerate(devices):
+    rounds = [(count, alone) for alone in (True, False) for count in devices]
+    for number, (count, alone) in enumerate(rounds):
         if progress is not None:
-            progress(number, len(devices), f"{count:,} devices")
+            progress(number, len(rounds), f"{count:,} devices, {_CASES[alone]}")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            rows.append(pool.submit(_scale_row, count, max(requests // count, 50)).result())
+            rows.append(pool.submit(_scale_row, count, max(requests // count, 100), alone).result())
     return rows
 
 
-def _scale_row(devices: int, per_device: int) -> dict[str, Any]:
+_CASES = {True: "one server", False: f"a server per {DEVICES}"}
+
+
+def _scale_row(devices: int, per_device: int, alone: bool) -> dict[str, Any]:
     process = psutil.Process()
+    servers, rate_per_s = (1, RATE_PER_S * DEVICES / devices) if alone else (max(devices // DEVICES, 1), RATE_PER_S)
     with tempfile.TemporaryDirectory() as folder:
         ready: list[float] = []
-        experiment = canonical(Path(folder), devices, per_device, servers=max(devices // DEVICES, 1))
+        experiment = canonical(Path(folder), devices, per_device, servers=servers, rate_per_s=rate_per_s)
         began = time.process_time()
 
         def first(done: int, total: int, text: str) -> None:
@@ -144,6 +153,7 @@ def _scale_row(devices: int, per_device: int) -> dict[str, Any]:
         execute.simulate(experiment, Path(folder) / "run", progress=first)
         made, spent_s = devices * per_device, time.process_time() - began
     return {
+        "case": _CASES[alone],
         "devices": devices,
         "requests": made,
         "cpu_us_per_request": 1e6 * spent_s / made,
@@ -152,8 +162,10 @@ def _scale_row(devices: int, per_device: int) -> dict[str, Any]:
     }
 
 
-def canonical(folder: Path, devices: int, requests: int, *, servers: int = 1) -> Experiment:
-    """The workload as an experiment; `requests` are per device."""
+def canonical(
+    folder: Path, devices: int, requests: int, *, servers: int = 1, rate_per_s: float = RATE_PER_S
+) -> Experiment:
+    """The workload as an experiment; `requests` and `rate_per_s` are per device."""
     _save_model(folder / "pool.onnx")
     return Experiment.of(
         {
@@ -170,7 +182,7 @@ def canonical(folder: Path, devices: int, requests: int, *, servers: int = 1) ->
                 {
                     "node": "device",
                     "model": "pool",
-                    "arrivals": {"kind": "poisson", "rate": RATE_PER_S},
+                    "arrivals": {"kind": "poisson", "rate": rate_per_s},
                     "requests": requests,
                 }
             ],

@@ -41,12 +41,12 @@ def calibrate(
 ) -> list[Path]:
     """Measure what simulating the experiment needs, where its nodes are; the files written.
 
-    Per machine and model of the workload a profile, and what a pilot run finds its parts to cost at the workload's own
-    rhythm; every link between machines; then the overheads. Where a node has a `batch` without its `cost`, what batches
-    cost is in the profiles; InputError for a model that cannot be batched. `quick` skips the long profile of each
-    block. `keep_profiles` does all but the profiles anew, with those that there are, batches and all: a minute that
-    makes up for a machine that is not as fast as it was. With `resume` what a calibration that was broken off had
-    finished is kept. `steady` is called before links are measured: a lab then holds their rates.
+    Per machine, backend and model of the workload a profile, and what a pilot run finds its parts to cost at the
+    workload's own rhythm; every link between machines; then the overheads. Where a node has a `batch` without its
+    `cost`, what batches cost is in the profiles; InputError for a model that cannot be batched. `quick` skips the long
+    profile of each block. `keep_profiles` does all but the profiles anew, with those that there are, batches and all: a
+    minute that makes up for a machine that is not as fast as it was. With `resume` what a calibration that was broken
+    off had finished is kept. `steady` is called before links are measured: a lab then holds their rates.
     """
     from isthmus.real.calibrate import measure_links, measure_overheads, measure_profiles, run_pilot
     from isthmus.real.cluster import connect
@@ -54,12 +54,13 @@ def calibrate(
 
     store, spec = experiment.store, experiment.testbed_spec
     bare = experiment.build_testbed(need_profiles=False, as_declared=True)
-    machines = {node.label: name for name, node in spec.nodes.items() if node.service is None}
+    # One node stands for all that share a machine and a backend.
+    alike = {(n.label, n.backend.key): (name, n.backend) for name, n in spec.nodes.items() if n.service is None}
     sources = {source.model: source for source in experiment.spec.sources.values()}
     written: list[Path] = []
     with connect(spec.cluster, experiment.folder) as ray, _Done(store / _UNFINISHED, resume) as done:
-        for label, node in machines.items():
-            paths = {model: profile_path(store, model, label) for model in sources}
+        for (label, _), (node, backend) in alike.items():
+            paths = {model: profile_path(store, model, label, backend) for model in sources}
             if bare.nodes[spec.members(node)[0]].host is None:
                 for there in paths.values():
                     _check_ours(there)
@@ -71,9 +72,10 @@ def calibrate(
                     [bare.models[model]],
                     quick=quick,
                     label=label,
+                    backend=backend,
                     batches=_batch_sizes(spec),
                     where=placed(ray, bare, spec.members(node)[0]),
-                    progress=None if progress is None or len(machines) == 1 else _on(progress, label),
+                    progress=None if progress is None or len(alike) == 1 else _on(progress, label),
                 )
                 profile.save(path)
                 done.add(path.name)
@@ -91,8 +93,8 @@ def calibrate(
         for source in sources.values():
             pilot = run_pilot(ray, testbed, source, seed=0, progress=progress)
             late.append(pilot.wake_s)
-            for label in machines:
-                path = profile_path(store, source.model, label)
+            for (label, _), (_, backend) in alike.items():
+                path = profile_path(store, source.model, label, backend)
                 profile = Profile.load(path)
                 profile.at_rhythm(pilot.rhythm(testbed.models[source.model], profile)).save(path)
                 written.append(path)

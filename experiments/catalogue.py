@@ -1,4 +1,4 @@
-"""What there is to choose from: models, the cuts of one, policies. Plain data; prints nothing."""
+"""What there is to choose from: models, the cuts of one, policies, backends. Plain data; prints nothing."""
 
 from __future__ import annotations
 
@@ -36,6 +36,24 @@ def list_cuts(model: Model) -> list[dict[str, Any]]:
             "work_before": sum(model.layers[i].flop for i in members(cut.before)) / max(model.flop, 1),
         }
         for cut in model.cuts
+    ]
+
+
+def list_backends() -> list[dict[str, Any]]:
+    """The backends that have a name: which of them work here, and on what."""
+    from isthmus.real.backend import offers  # each runtime is imported to find out
+
+    return [
+        {
+            "name": offer.name,
+            "version": offer.version,
+            "devices": list(offer.devices),
+            "arguments": dict(offer.arguments),
+            "from": offer.origin,
+            "about": offer.about,
+            "problem": offer.problem,
+        }
+        for offer in offers()
     ]
 
 

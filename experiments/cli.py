@@ -22,6 +22,7 @@ from isthmus.experiments.execute import Experiment
 from isthmus.experiments.lab import as_here, ground_here
 from isthmus.experiments.present import emit, messages
 from isthmus.experiments.run_folder import Run
+from isthmus.workloads.backend import BackendSpec
 from isthmus.workloads.errors import InputError, IsthmusError
 from isthmus.workloads.experiment import ExperimentSpec
 from isthmus.workloads.progress import Progress
@@ -140,6 +141,13 @@ def policies(as_json: Json = False) -> None:
 
 
 @app.command()
+def backends(as_json: Json = False) -> None:
+    """List what can run the parts of models here: runtimes, their versions and devices."""
+    rows = catalogue.list_backends()
+    emit(rows) if as_json else tables.backends_table(rows)
+
+
+@app.command()
 def traces(
     files: Annotated[
         list[Path], typer.Argument(help="Experiments or testbeds (YAML), or files of rates.", show_default=False)
@@ -172,7 +180,12 @@ def profile(
     quick: Annotated[bool, typer.Option(help="Seconds instead of a minute or two, at about twice the error.")] = False,
     label: Annotated[str, typer.Option(help="What this machine is called in testbeds.")] = "host",
     pace: Annotated[str, typer.Option(help="Idle time before each run, as between requests.")] = "20ms",
-    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="profiles/MODEL@LABEL.json")] = None,
+    backend: Annotated[
+        str, typer.Option(help="What runs it: a name that `isthmus backends` lists, or YAML as nodes have it.")
+    ] = "onnxruntime",
+    out: Annotated[
+        Path | None, typer.Option(help="File to write.", show_default="profiles/MODEL@LABEL[+BACKEND].json")
+    ] = None,
     batches: Annotated[
         str | None, typer.Option(help="Also what batches of these sizes cost, such as 1,2,4,8.", show_default="none")
     ] = None,
@@ -186,11 +199,12 @@ def profile(
     from isthmus.workloads.units import parse_time
 
     loaded, pace_s, sizes = load_model(model), parse_time(pace), _sizes(batches)
-    path = out or profile_path(Path("profiles"), loaded.name, label)
+    runtime = BackendSpec.of(backend, where="--backend")
+    path = out or profile_path(Path("profiles"), loaded.name, label, runtime)
     with _progress(f"profiling {loaded.name}", as_json) as move:
-        made = profile_model(loaded, quick=quick, label=label, pace_s=pace_s, progress=move)
+        made = profile_model(loaded, quick=quick, label=label, pace_s=pace_s, backend=runtime, progress=move)
         try:
-            made = made.with_batches(measure_batches(loaded, sizes, pace_s=pace_s, progress=move))
+            made = made.with_batches(measure_batches(loaded, sizes, pace_s=pace_s, backend=runtime, progress=move))
         except InputError as error:  # what a profile is for most of the time, it is without batches
             messages.print(escape(f"note: no batches: {error}"), highlight=False, soft_wrap=True)
     made.save(path)
@@ -198,7 +212,8 @@ def profile(
         whole_s = made.part_s(loaded, loaded.whole())
         emit({"file": str(path), "model": loaded.name, "whole_s": whole_s, "session_s": made.session_s,
               "blocks_s": [b.seconds for b in made.blocks], "batches": {b.size: b.ratio for b in made.batches},
-              "provenance": made.provenance})  # fmt: skip
+              "backend": made.backend, "backend_version": made.backend_version, "provider": made.provider,
+              "clock": made.clock, "provenance": made.provenance})  # fmt: skip
     else:
         tables.profile_table(loaded, made, path)
 
@@ -417,6 +432,23 @@ def bench_profile(
     emit(data) if as_json else tables.bench_profile_table(data["rows"])
 
 
+@bench.command("backends")
+def bench_backends(
+    model: Annotated[list[str] | None, typer.Option(help="Models, by name or file.", show_default="all nine")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Backends.", show_default="all that work here")] = None,
+    as_json: Json = False,
+) -> None:
+    """How far the backends' answers are from ONNX Runtime's, whole and joined at cuts, and what they take."""
+    from isthmus.experiments.bench_backends import bench_backends as measure
+    from isthmus.workloads import zoo
+
+    here = [row["name"] for row in catalogue.list_backends() if row["problem"] is None]
+    specs = [BackendSpec.of(text, where="--backend") for text in backend or here]
+    with _progress("bench backends", as_json) as move:
+        rows = measure(model or zoo.names(), specs, progress=move)
+    emit(rows) if as_json else tables.bench_backends_table(rows)
+
+
 @bench.command("real")
 def bench_real(
     requests: Annotated[int, typer.Option(min=20, help="Requests of one measurement.")] = 100,
@@ -448,10 +480,13 @@ def bench_sim(
 @bench.command("scale")
 def bench_scale(
     devices: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of devices.")] = None,
-    requests: Annotated[int, typer.Option(min=1000, help="Requests per row, at least 50 per device.")] = 1_000_000,
+    requests: Annotated[int, typer.Option(min=1000, help="Requests per row, at least 100 per device.")] = 1_000_000,
     as_json: Json = False,
 ) -> None:
-    """What a request costs to simulate among 10 to 100 000 devices: CPU time, set-up included, and memory."""
+    """What a request costs to simulate among 10 to 100 000 devices: CPU time, set-up included, and memory.
+
+    At one server and the same total load, and with a server for every fifty devices.
+    """
     from isthmus.experiments.bench_sim import SCALE
     from isthmus.experiments.bench_sim import bench_scale as measure
 

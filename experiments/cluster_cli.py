@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from isthmus.experiments.present import console, emit
 from isthmus.workloads.cluster import DRIVER, ClusterSpec
-from isthmus.workloads.documents import parse, read_yaml
+from isthmus.workloads.documents import parse, read_yaml, write_text
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.experiment import ExperimentSpec
 from isthmus.workloads.testbed import TestbedSpec
@@ -18,6 +18,7 @@ from isthmus.workloads.testbed import TestbedSpec
 app = typer.Typer(help="Machines of a cluster: keys, and whether all is well.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+File = Annotated[Path, typer.Argument(help="A testbed or an experiment (YAML).", show_default=False)]
 Replace = Annotated[bool, typer.Option("--replace", help="Lose the keys that there are.")]
 
 
@@ -71,17 +72,63 @@ def token(
         console.print(escape(str(path)), soft_wrap=True, highlight=False)
 
 
+@app.command()
+def check(file: File, as_json: Json = False) -> None:
+    """Are all machines ready for a run? Who is there, as what, and what to do about what is wrong.
+
+    Without a `cluster` in the testbed: this machine alone, for an emulated run. Exit code 1 if a run would break.
+    """
+    from isthmus.experiments.tables import cluster_tables
+    from isthmus.real.cluster_check import check as check_hosts
+    from isthmus.workloads.model import load_model
+
+    testbed, used = _testbed(file)
+    found = {name: file.parent / source for name, source in testbed.models.items() if name in used}
+    models = [load_model(f if f.is_file() else testbed.models[name], name=name) for name, f in found.items()]
+    checked = check_hosts(testbed, file.parent, models)
+    emit(checked.to_json()) if as_json else cluster_tables(checked)
+    if not checked.ready:
+        raise typer.Exit(1)
+
+
+@app.command("file")
+def launcher(
+    file: File,
+    out: Annotated[Path, typer.Option(help="Where to write.")] = Path("cluster.yaml"),
+    wheel: Annotated[
+        Path | None, typer.Option(help="Isthmus, for every machine to install (`python -m build`).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the file with which Ray's launcher starts and stops the cluster: `ray up`, `ray down`."""
+    from isthmus.real.launcher import launcher_file
+
+    cluster, name = cluster_of(file), _testbed(file)[0].name
+    write_text(out, launcher_file(cluster, file.parent, name=name, file=out.name, wheel=wheel))
+    if as_json:
+        emit({"file": str(out)})
+    else:
+        said = f"{out} is written; next: `ray up {out}`, and `isthmus cluster check {file}`"
+        console.print(escape(said), soft_wrap=True, highlight=False)
+
+
 def cluster_of(file: Path) -> ClusterSpec:
     """The cluster that a testbed, or the testbed of an experiment, names; paths in it as `file`'s folder has them."""
+    cluster = _testbed(file)[0].cluster
+    if cluster is None:
+        raise InputError("names no `cluster`", where=file, allowed="cluster: {address: 10.0.0.1:6379, hosts: {…}}")
+    return cluster
+
+
+def _testbed(file: Path) -> tuple[TestbedSpec, set[str]]:
+    """The testbed in a file, or that of an experiment, and the models that are used."""
     data = read_yaml(file)
     if isinstance(data, dict) and not {"testbed", "workload"}.isdisjoint(data):
-        testbed = ExperimentSpec.of(data, file.parent, where=file).testbed
-    else:
-        testbed = parse(TestbedSpec, data, where=file)
-    assert isinstance(testbed, TestbedSpec)
-    if testbed.cluster is None:
-        raise InputError("names no `cluster`", where=file, allowed="cluster: {address: 10.0.0.1:6379, hosts: {…}}")
-    return testbed.cluster
+        experiment = ExperimentSpec.of(data, file.parent, where=file)
+        assert isinstance(experiment.testbed, TestbedSpec)
+        return experiment.testbed, {source.model for source in experiment.workload}
+    testbed = parse(TestbedSpec, data, where=file)
+    return testbed, set(testbed.models)
 
 
 def _hosts(said: list[str]) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from isthmus.experiments.run_folder import Run, RunWriter
 from isthmus.policies.contract import Policy, is_oracle
 from isthmus.policies.registry import PolicySpec
 from isthmus.policies.registry import spec as policy_spec
+from isthmus.sim.clock import few_collections
 from isthmus.sim.simulator import simulate as simulate_cell
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.experiment import ExperimentSpec
@@ -127,6 +128,7 @@ def new_folder(experiment: Experiment, world: str) -> Path:
     return Path("runs") / f"{experiment.spec.name}-{world}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
+@few_collections()
 def simulate(
     experiment: Experiment,
     out: str | Path | None = None,

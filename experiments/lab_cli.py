@@ -134,7 +134,11 @@ _ISTHMUS = (sys.executable, "-c", "from isthmus.experiments.cli import main; mai
 def _taken_down(make: Any) -> Iterator[Lab]:
     """A lab that is taken down in the end, also after Ctrl-C and when this process is asked to end."""
 
+    here = os.getpid()
+
     def end(number: int, _: object) -> None:
+        if os.getpid() != here:  # a fork of a library's: the lab is not its to take down
+            os._exit(128 + number)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)

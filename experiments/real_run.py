@@ -22,8 +22,9 @@ from isthmus.policies.plan import Plan
 from isthmus.policies.records import Record
 from isthmus.policies.registry import PolicySpec
 from isthmus.sim.simulator import simulate as simulate_cell
-from isthmus.workloads.errors import InputError
+from isthmus.workloads.errors import InputError, within
 from isthmus.workloads.faults import Fault
+from isthmus.workloads.nodes import Node
 from isthmus.workloads.profile import Machine
 from isthmus.workloads.progress import Progress
 from isthmus.workloads.requests import Request
@@ -62,6 +63,7 @@ def run(
     warnings = check_real(experiment)
     wrong: Counter[str] = Counter()
     pressure: dict[str, Any] = {}
+    energy: dict[str, Any] = {}
     with ExitStack() as stack:
         ray = stack.enter_context(connect(experiment.testbed_spec.cluster, experiment.folder))
         fleet = stack.enter_context(Fleet(ray, testbed))
@@ -87,12 +89,16 @@ def run(
                 decided=partial(writer.decision, policy=policy.label, seed=seed),
                 tick=tick,
             )
-            pressure[f"{policy.label}/{seed}"] = vars(felt)
-            warnings += [f"{policy.label}: {said}" for said in felt.warnings()]
+            pressure[f"{policy.label}/{seed}"] = vars(felt.pressure)
+            energy[f"{policy.label}/{seed}"] = {
+                node: vars(felt.energy[node]) if node in felt.energy else {"joules": None, "source": "modelled"}
+                for node in testbed.nodes
+            }
+            warnings += [f"{policy.label}: {said}" for said in felt.pressure.warnings()]
         if progress is not None:
             progress(total, total, "done")
         warnings += [f"{label}: {count} answers were not the whole model's" for label, count in (+wrong).items()]
-        writer.add_facts(pressure=pressure, warnings=warnings, clocks=fleet.clocks())
+        writer.add_facts(pressure=pressure, energy=energy, warnings=warnings, clocks=fleet.clocks())
     return Run.load(out)
 
 
@@ -162,7 +168,21 @@ def check_real(experiment: Experiment) -> list[str]:
             in_batches = f", per request in batches of {size}" if size > 1 else ""
             said.append(f"node {name!r} is only {slack:g} times slower than this host{in_batches}: it has little slack")
         _check_cpu(list(services.values()), where)
+        said += _check_backend(node, list(services.values()), where)
     return said
+
+
+def _check_backend(node: Node, services: Sequence[Measured], where: str) -> list[str]:
+    """InputError for a backend that is not here, warnings about profiles of another version of it."""
+    from isthmus.real.backend import backend
+
+    with within(f"{where}.backend"):
+        here = backend(node.backend)
+    return [
+        f"node {node.name!r}: its profile is of {here.name} {version}, and this is {here.version}"
+        for version in {service.profile.backend_version for service in services}
+        if version != here.version
+    ]
 
 
 def _check_cpu(services: Sequence[Measured], where: str) -> None:

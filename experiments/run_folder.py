@@ -36,13 +36,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
 from isthmus.policies.contract import View, decision_row
 from isthmus.policies.plan import Plan
 from isthmus.policies.records import REQUEST_COLUMNS, SPAN_COLUMNS, Outcome, Record, Span
 from isthmus.sim.link import LinkTotals
 from isthmus.sim.node import NodeTotals
-from isthmus.workloads.documents import parse
+from isthmus.workloads.documents import parse, read_json, read_text
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.experiment import ExperimentSpec
 from isthmus.workloads.link_costs import LinkCosts
@@ -269,6 +270,25 @@ class RunWriter:
                 raise RunFailure(f"{self.folder}: cannot be written: {problem.strerror or problem}") from None
 
 
+class _Hashed(BaseModel):
+    """What a file or a model was."""
+
+    sha256: str
+
+
+class _Facts(BaseModel):
+    """Of run.json, what is made use of when it is read."""
+
+    schema_version: int
+    world: str
+    experiment: dict[str, Any]
+    models: dict[str, _Hashed]
+    traces: dict[str, _Hashed] = {}
+    oracles: list[str] = []
+    warnings: list[str] = []
+    status: str = ""
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run, read from its folder."""
@@ -282,11 +302,8 @@ class Run:
         path = Path(folder) / "run.json"
         if not path.exists():
             raise InputError("no finished run here (run.json is missing)", where=folder)
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            version = facts["schema_version"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError("not a run.json", where=path) from None
+        facts = read_json(path)
+        version = parse(_Facts, facts, where=path).schema_version
         if version != SCHEMA_VERSION:
             raise InputError(f"schema version {version}", where=path, allowed=str(SCHEMA_VERSION))
         return cls(Path(folder), facts)
@@ -332,7 +349,10 @@ class Run:
     def decisions(self) -> list[dict[str, Any]]:
         """Views and plans, where the run recorded them."""
         path = self.folder / "decisions.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        try:
+            return [json.loads(line) for line in read_text(path).splitlines()] if path.exists() else []
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"is not JSON, line by line: {error}", where=path) from None
 
     def summary(self) -> pd.DataFrame:
         """Per policy: requests by outcome, latency (mean, p50, p95, p99 of what was answered), energy and money."""
@@ -362,7 +382,7 @@ class Run:
         try:
             frame: pd.DataFrame = pq.read_table(self.folder / name).to_pandas()
             return frame
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise InputError(f"cannot be read: {error}", where=self.folder / name) from None
 
 
@@ -377,7 +397,8 @@ def _keep_inputs(folder: Path, testbed: Testbed) -> None:
     kept = {id(service): (model, service) for (_, model), service in testbed.services.items()}  # groups share theirs
     for model, service in kept.values():
         if isinstance(service, Measured):
-            service.profile.save(profile_path(store, model, service.profile.machine.label))
+            profile = service.profile
+            profile.save(profile_path(store, model, profile.machine.label, profile.measured_with))
     testbed.overheads.save(store)
     if testbed.measured_links:
         LinkCosts(links=tuple(testbed.measured_links.values())).save(store)

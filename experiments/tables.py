@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.markup import escape
@@ -18,6 +18,11 @@ from isthmus.workloads.model import Model, members
 from isthmus.workloads.overheads import Overheads
 from isthmus.workloads.profile import Profile
 from isthmus.workloads.units import show_bytes, show_time
+
+if TYPE_CHECKING:
+    from isthmus.real.clocks import Offset
+    from isthmus.real.cluster_check import Checked
+    from isthmus.real.host_facts import Facts
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -63,6 +68,24 @@ def policies_table(rows: Rows) -> None:
             for r in rows
         ],
         caption="Your own: module:Class, or the entry-point group isthmus.policies of any installed package.",
+    )
+
+
+def backends_table(rows: Rows) -> None:
+    table(
+        "Backends",
+        ["name", "version", "devices", "what it is, or why it is not here", "arguments"],
+        [
+            [
+                r["name"],
+                r["version"] or "–",
+                ", ".join(r["devices"]),
+                r["problem"] or r["about"],
+                ", ".join(f"{k}={v}" for k, v in r["arguments"].items()),
+            ]
+            for r in rows
+        ],
+        caption="Your own: module:Class, or the entry-point group isthmus.backends of any installed package.",
     )
 
 
@@ -132,6 +155,57 @@ def plans_table(rows: Rows, *, cuts: bool) -> None:
             for r in rows
         ],
     )
+
+
+def cluster_tables(checked: Checked) -> None:
+    told = [(host, host.facts) for host in checked.hosts if host.facts is not None]
+    table(
+        "Machines",
+        ["host", "address", "Python", "Ray", "ONNX Runtime", "isthmus", "clock, ms>", "models"],
+        [
+            [
+                host.name,
+                host.address or None,
+                *([None] * 4 if host.facts is None else _versions(host.facts)),
+                host.clock and _clock(host.clock),
+                ", ".join(f"{name} {way}" for name, way in host.models.items()) or None,
+            ]
+            for host in checked.hosts
+        ],
+        caption="A clock is that much ahead of the driver's.",
+    )
+    table(
+        "What they have",
+        ["host", "processor", "cores>", "load>", "memory free>", "disk free>", "shm>", "up>", "power meters"],
+        [
+            [
+                host.name,
+                facts.cpu,
+                facts.cores,
+                f"{facts.load_1:.1f}",
+                f"{show_bytes(facts.memory_free_bytes)} of {show_bytes(facts.memory_bytes)}",
+                show_bytes(facts.disk_free_bytes),
+                None if facts.shm_bytes is None else show_bytes(facts.shm_bytes),
+                f"{facts.up_s / 3600:.0f} h",
+                ", ".join(facts.meters) or "none: modelled",
+            ]
+            for host, facts in told
+        ],
+    )
+    for problem in checked.problems:
+        colour = {"error": "bold red", "warning": "yellow", "note": "dim"}[problem.level]
+        said = f"[{colour}]{problem.level}:[/] {escape(f'{problem.host} {problem.what}')}"
+        console.print(f"{said}\n  [green]fix:[/] {escape(problem.fix)}", highlight=False, soft_wrap=True)
+    if checked.ready:
+        console.print(f"{'All well' if not checked.problems else 'Ready for a run'}.")
+
+
+def _versions(facts: Facts) -> list[str | None]:
+    return [facts.python, *(facts.packages[package] for package in ("ray", "onnxruntime", "isthmus"))]
+
+
+def _clock(clock: Offset) -> str:
+    return "the same" if clock.error_s == 0 else f"{clock.offset_s * 1e3:+.3f} ± {clock.error_s * 1e3:.3f}"
 
 
 def run_table(run: Run, trace: Path | None) -> None:
@@ -243,6 +317,28 @@ def bench_profile_table(rows: Rows) -> None:
     )
 
 
+def bench_backends_table(rows: Rows) -> None:
+    table(
+        "Backends, beside ONNX Runtime on the CPU",
+        ["model", "backend", "largest error>", "run, ms>", "times ORT>", "load, s>", "clock"],
+        [
+            [r["model"], r["backend"], r["problem"], "", "", "", ""]
+            if r["problem"]
+            else [
+                r["model"],
+                r["backend"],
+                f"{r['error']:.1e}",
+                f"{1e3 * r['run_s']:.1f}",
+                f"{r['relative']:.2f}",
+                f"{r['load_s']:.2f}",
+                r["clock"],
+            ]
+            for r in rows
+        ],
+        caption="error: relative to the largest number of the answer; whole, and joined at three cuts.",
+    )
+
+
 def bench_sim_table(data: Mapping[str, Any]) -> None:
     ways = [
         ("plain SimPy, the same work", "simpy", None),
@@ -287,9 +383,10 @@ def bench_real_table(data: Mapping[str, Any]) -> None:
 def bench_scale_table(rows: Rows) -> None:
     table(
         "What a request costs to simulate",
-        ["devices>", "requests>", "CPU µs per request>", "of which set-up>", "memory>"],
+        ["case", "devices>", "requests>", "CPU µs per request>", "of which set-up>", "memory>"],
         [
             [
+                r["case"],
                 f"{r['devices']:,}",
                 f"{r['requests']:,}",
                 f"{r['cpu_us_per_request']:.1f}",
@@ -298,5 +395,6 @@ def bench_scale_table(rows: Rows) -> None:
             ]
             for r in rows
         ],
-        caption="Everything that `isthmus simulate` does, spans and requests written.",
+        caption="Everything that `isthmus simulate` does, spans and requests written. One server: the same total load, "
+        "spread over more devices.",
     )

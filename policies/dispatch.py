@@ -27,7 +27,7 @@ from typing import NamedTuple
 from isthmus.policies.bill import energy_j, money_usd
 from isthmus.policies.contract import Policy, Truth, View, is_blind, is_oracle
 from isthmus.policies.estimators import Estimators
-from isthmus.policies.plan import Compiled, Plan, compile_plan, whole_on
+from isthmus.policies.plan import Checked, Compiled, Plan, check_plan, lay_out, whole_on
 from isthmus.policies.records import Outcome, Record, Span
 from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.requests import Request
@@ -35,6 +35,7 @@ from isthmus.workloads.routing import NONE_DOWN, LinkId
 from isthmus.workloads.testbed import Testbed
 
 COMPLETED, LATE = Outcome.COMPLETED, Outcome.LATE
+NO_NODES: frozenset[str] = frozenset()
 new = tuple.__new__  # makes a named tuple in half the time
 
 RETRIES = 1
@@ -83,6 +84,7 @@ class Compiler:
         beliefs = Estimators(testbed)
         self.unseen = beliefs.links(0.0), beliefs.nodes(0.0)
         """What is believed of links and nodes of which nothing was seen: for policies that do not look."""
+        self._checked: dict[tuple[Plan, str], Checked] = {}
         self._compiled: dict[tuple[Plan, str, str, frozenset[LinkId]], Compiled] = {}
         # Nodes that move are each told of links of their own: room for some hundreds of them, at a few cells each.
         self.known = lru_cache(maxsize=1024)(testbed.nominal.without)
@@ -95,20 +97,26 @@ class Compiler:
             return self._compiled[key]
         except KeyError:
             pass
-        except TypeError:  # unhashable: not a plan; compile_plan says so
-            key = None  # type: ignore[assignment]
-        compiled = compile_plan(plan, self._testbed.models[model], source, self._testbed.without(down))
-        if key is not None:
-            self._compiled[key] = compiled
+        except TypeError:  # unhashable: not a plan, or not one to keep
+            return lay_out(self._check(plan, model), source, self._testbed.without(down))
+        checked = self._checked.get((plan, model))
+        if checked is None:
+            checked = self._checked[plan, model] = self._check(plan, model)
+        testbed = self._testbed.without(down) if down else self._testbed
+        compiled = self._compiled[key] = lay_out(checked, source, testbed)
         return compiled
+
+    def _check(self, plan: Plan, model: str) -> Checked:
+        return check_plan(plan, self._testbed.models[model], self._testbed)
 
 
 class Dispatcher:
     """The controller of one source. `watch`, where given, sees each decision: request, attempt, view, plan."""
 
-    # Slots: with very many sources a request finds its dispatcher out of the processor's caches.
-    __slots__ = ("_bills", "_compile", "_down", "_estimators", "_known", "_learn", "_lost", "_open", "_recent",
-                 "_testbed", "_truth", "_unseen", "_watch", "name", "policy", "source")  # fmt: skip
+    # With very many sources a request finds its dispatcher out of the processor's caches, and pays for every object of
+    # its own that it touches. Therefore slots, and nothing in them that is empty: None, or what all have in common.
+    __slots__ = ("_bills", "_compile", "_compiled", "_down", "_estimators", "_known", "_learn", "_lost", "_model",
+                 "_open", "_plan", "_testbed", "_truth", "_watch", "name", "policy", "source")  # fmt: skip
 
     def __init__(
         self,
@@ -124,19 +132,21 @@ class Dispatcher:
         self._testbed, self._known, self._compile = testbed, testbed.nominal, compiler
         self._truth = Truth(testbed.rates) if is_oracle(policy) else None
         self._estimators = None if is_blind(policy) else Estimators(testbed)
-        self._unseen = source, self._known, *compiler.unseen, self._truth
-        self._recent: tuple[Plan | None, str, Compiled | None] = None, "", None
+        # The last decision: a plan for a model, and what it was compiled to.
+        self._plan: Plan | None = None
+        self._model = ""
+        self._compiled: Compiled | None = None
         self._bills = testbed.has_power or testbed.has_prices
         self._learn: Callable[[Record], None] | None = getattr(policy, "learn", None)
-        self._down: set[str] = set()
-        self._open: dict[int, Start] = {}
-        self._lost: dict[int, list[Span]] = {}
+        self._down = NO_NODES
+        self._open: dict[int, Start] | None = None
+        self._lost: dict[int, list[Span]] | None = None
         self._watch = watch
 
     @property
     def open(self) -> int:
         """Requests that arrived and are not closed."""
-        return len(self._open)
+        return len(self._open or ())
 
     @property
     def estimates(self) -> bool:
@@ -151,7 +161,8 @@ class Dispatcher:
     def view(self, now_s: float) -> View:
         """What the controller knows now."""
         if self._estimators is None:
-            return new(View, (now_s, *self._unseen))
+            links, nodes = self._compile.unseen
+            return new(View, (now_s, self.source, self._known, links, nodes, self._truth))
         links, nodes = self._estimators.links(now_s), self._estimators.nodes(now_s)
         return View(now_s, self.source, self._known, links, nodes, self._truth)
 
@@ -182,8 +193,8 @@ class Dispatcher:
         """The answer to an attempt is back at the source."""
         if self._estimators is not None:
             self._estimators.end(number, attempt, answer.spans, now_s)
-        start = self._open.get(number)
-        if start is None:
+        start = self._open and self._open.get(number)
+        if not start:
             return ()
         deadline = start.request.deadline_s
         outcome = COMPLETED if deadline is None or now_s <= deadline else LATE
@@ -216,24 +227,23 @@ class Dispatcher:
         if self._estimators is not None:
             self._estimators.node_is(node, up=up, now_s=now_s)
         if up:
-            self._down.discard(node)
+            self._down -= {node}
             return ()
-        self._down.add(node)
+        self._down |= {node}
         if node == self.source:
             return self.end(Outcome.FAILED, f"source {node} down")
-        hit = [start for start in self._open.values() if node in start.compiled.nodes]
+        hit = [start for start in (self._open or {}).values() if node in start.compiled.nodes]
         return [a for s in hit for a in self.lost(s.request.number, s.attempt, f"node {node} down", now_s)]
 
     def links_are(self, down: frozenset[LinkId]) -> None:
         """Exactly these links are known to be down. What is under way stands still or is sent again; it is not lost."""
-        self._known, self._recent = self._compile.known(down), (None, "", None)
-        self._unseen = self.source, self._known, *self._compile.unseen, self._truth
+        self._known, self._plan = self._compile.known(down), None
         if self._estimators is not None:
             self._estimators.links_are(down)
 
     def end(self, outcome: Outcome = Outcome.UNFINISHED, reason: str = "run ended") -> Sequence[Action]:
         """Nothing more will come of what is open: close it all."""
-        return [self._close(*start[:3], outcome, reason) for start in list(self._open.values())]
+        return [self._close(*start[:3], outcome, reason) for start in list((self._open or {}).values())]
 
     # What follows from it
 
@@ -241,10 +251,12 @@ class Dispatcher:
         """Nothing more is expected of an attempt; the request's, if it is still open and this was its last attempt."""
         if self._estimators is not None:
             self._estimators.end(number, attempt, spans, now_s)
-        start = self._open.get(number)
-        if start is None or start.attempt != attempt:
+        start = self._open and self._open.get(number)
+        if not start or start.attempt != attempt:
             return None
         if spans:
+            if self._lost is None:
+                self._lost = {}
             self._lost.setdefault(number, []).extend(spans)
         return start
 
@@ -253,7 +265,11 @@ class Dispatcher:
         compiled = self._decide(request, attempt, now_s) if decided else self._fallback(request)
         if compiled is None:
             return (self._close(request, attempt, None, Outcome.FAILED, f"{self.source} cannot hold {request.model}"),)
-        start = self._open[request.number] = new(Start, (request, attempt, compiled, decided))
+        start: Start = new(Start, (request, attempt, compiled, decided))
+        if self._open is None:
+            self._open = {request.number: start}
+        else:
+            self._open[request.number] = start
         if self._estimators is not None:
             self._estimators.start(request.number, attempt, compiled)
         if request.timeout_s is None:
@@ -275,15 +291,15 @@ class Dispatcher:
             raise InputError(error.problem, where=f"policy {self.name!r}", allowed=error.allowed) from error
         except Exception as error:
             raise self._raised(error, request) from error
-        recent, model, compiled = self._recent
-        if compiled is None or plan is not recent or request.model != model:
+        compiled = self._compiled
+        if compiled is None or plan is not self._plan or request.model != self._model:
             try:
                 compiled = self._compile(plan, request.model, self.source, self._known.down)
             except InputError as error:
                 raise PolicyFailure(
                     f"policy {self.name!r} gave an impossible plan for request {request.number}: {error}"
                 ) from error
-            self._recent = plan, request.model, compiled
+            self._plan, self._model, self._compiled = plan, request.model, compiled
         if self._watch is not None:
             self._watch(request, attempt, view, plan)
         if self._down and compiled.nodes & self._down:
@@ -316,7 +332,10 @@ class Dispatcher:
             (number, self.source, request.model, request.arrival_s, request.deadline_s, now_s, outcome, reason, plan,
              attempt, energy, money, correct, error, overruns, spans),
         )  # fmt: skip
-        self._open.pop(number, None)
+        if self._open is not None:
+            self._open.pop(number, None)
+            if not self._open:
+                self._open = None
         if self._learn is not None:
             try:
                 self._learn(record)

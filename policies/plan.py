@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from isthmus.workloads.codecs import codec
@@ -69,17 +69,45 @@ class Plan:
         try:
             data = json.loads(text)
             stages = tuple(
-                Stage(node, Part(model, int(layers, 16)), None if after is None else tuple(after))
+                Stage(
+                    _str(node), Part(_str(model), _layers(layers)), None if after is None else tuple(map(_int, after))
+                )
                 for node, model, layers, after in data["stages"]
             )
-            return cls(stages, tuple((t, c) for t, c in data["codecs"]), data["exit"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"not a plan: {error!r}") from None
+            exit_ = None if data["exit"] is None else _str(data["exit"])
+            return cls(stages, tuple((_str(t), _str(c)) for t, c in data["codecs"]), exit_)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(f"not a plan: {error!r}"[:200]) from None
+
+
+def _str(value: object) -> str:
+    if type(value) is not str:
+        raise TypeError(f"{type(value).__name__} where a name belongs")
+    return value
+
+
+def _int(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{type(value).__name__} where a number belongs")
+    return value
+
+
+def _layers(value: object) -> int:
+    layers = int(_str(value), 16)
+    if layers < 0:  # as a set it would have no end
+        raise ValueError(f"layers {layers}")
+    return layers
 
 
 def whole_on(model: Model, node: str) -> Plan:
     """The whole model on one node."""
-    return Plan((Stage(node, model.whole()),))
+    return _part_on(model.whole(), node)
+
+
+@lru_cache(maxsize=4096)
+def _part_on(part: Part, node: str) -> Plan:
+    """One for all sources that ask for the same: equal plans are then one object, with one text."""
+    return Plan((Stage(node, part),))
 
 
 def split(model: Model, cuts: tuple[int, ...], nodes: tuple[str, ...]) -> Plan:
@@ -137,8 +165,25 @@ class Compiled:
     """The plan as records have it."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Checked:
+    """A plan that is possible, and its messages without their paths: the same for all sources."""
+
+    plan: Plan
+    model: Model
+    messages: tuple[tuple[int, int, tuple[str, ...], tuple[str, ...], tuple[int, ...], int], ...]
+    """The fields of each, from `source` to `wire_bytes`."""
+    needs: tuple[int, ...]
+    text: str
+
+
 def compile_plan(plan: Plan, model: Model, source: str, testbed: Testbed) -> Compiled:
     """Check a plan and lay it out. InputError says what is impossible about it, and where."""
+    return lay_out(check_plan(plan, model, testbed), source, testbed)
+
+
+def check_plan(plan: Plan, model: Model, testbed: Testbed) -> Checked:
+    """InputError says what is impossible about a plan, whoever the source is."""
     if not isinstance(plan, Plan):
         raise InputError(f"a policy answers with a Plan, not with {type(plan).__name__}")
     for number, stage in enumerate(plan.stages):
@@ -169,29 +214,31 @@ def compile_plan(plan: Plan, model: Model, source: str, testbed: Testbed) -> Com
             wanted.setdefault((before, target), [])
     _check_acyclic(wanted, len(plan.stages))
 
-    def place(stage: int) -> str:
-        return source if stage == -1 else plan.stages[stage].node
-
-    messages: list[Message] = []
+    messages = []
     for (origin, target), tensors in wanted.items():
         names = tuple(codecs.get(t, RAW) for t in tensors)
-        path = testbed.route(place(origin), place(target))
         wire = sum(codec(c).size_bytes(model.tensors[t]) for t, c in zip(tensors, names, strict=True))
         raw = tuple(model.tensors[t].bytes for t in tensors)
-        load = sum(len(m.links) for m in messages)
-        messages.append(Message(origin, target, tuple(tensors), names, raw, wire, path, load))
-    ends = (*range(len(plan.stages)), -1)
-    return Compiled(
-        plan,
-        model,
-        source,
-        tuple(messages),
-        tuple(tuple(m for m in messages if m.source == end) for end in ends),
-        tuple(sum(m.target == end for m in messages) for end in ends),
-        tuple((link, m.wire_bytes) for m in messages for link in m.links),
-        frozenset(n for m in messages for n in m.path) | {stage.node for stage in plan.stages},
-        plan.to_json(),
-    )
+        messages.append((origin, target, tuple(tensors), names, raw, wire))
+    needs = tuple(sum(target == end for _, target in wanted) for end in (*range(len(plan.stages)), -1))
+    return Checked(plan, model, tuple(messages), needs, plan.to_json())
+
+
+def lay_out(checked: Checked, source: str, testbed: Testbed) -> Compiled:
+    """A checked plan as a source carries it out. InputError where there is no route."""
+    plan = checked.plan
+    places = [*(stage.node for stage in plan.stages), source]  # -1 is the source
+    messages: list[Message] = []
+    loads: list[tuple[LinkId, int]] = []
+    for message in checked.messages:
+        origin, target, *_, wire = message
+        laid = Message(*message, testbed.route(places[origin], places[target]), len(loads))
+        loads += [(link, wire) for link in laid.links]
+        messages.append(laid)
+    sends = tuple([tuple([m for m in messages if m.source == end]) for end in (*range(len(plan.stages)), -1)])
+    nodes = frozenset(places[:-1]).union(*[m.path for m in messages])
+    text, needs = checked.text, checked.needs
+    return Compiled(plan, checked.model, source, tuple(messages), sends, needs, tuple(loads), nodes, text)
 
 
 def _check_parts(plan: Plan, model: Model, testbed: Testbed) -> None:

@@ -13,15 +13,19 @@ from isthmus.workloads.requests import Request
 class Constant:
     """Base of policies that give a source the same plan for a model for ever, whatever the view."""
 
+    __slots__ = ("_model", "_plan", "_source")
+
     def __init__(self) -> None:
-        self._last: tuple[str, str, Plan] | None = None
+        self._source = self._model = ""
+        self._plan: Plan | None = None
 
     @blind
     def decide(self, request: Request, view: View) -> Plan:
-        last = self._last  # there is one policy per source, and a source has one model
-        if last is None or last[0] != request.source or last[1] != request.model:
-            last = self._last = request.source, request.model, self.plan(request, view)
-        return last[2]
+        plan = self._plan  # there is one policy per source, and a source has one model
+        if plan is None or self._source != request.source or self._model != request.model:
+            self._source, self._model = request.source, request.model
+            plan = self._plan = self.plan(request, view)
+        return plan
 
     def plan(self, request: Request, view: View) -> Plan:
         """The plan for all requests like this one."""
@@ -31,12 +35,16 @@ class Constant:
 class Local(Constant):
     """The whole model on the source."""
 
+    __slots__ = ()
+
     def plan(self, request: Request, view: View) -> Plan:
         return whole_on(view.testbed.models[request.model], view.source)
 
 
 class Remote(Constant):
     """The whole model on one other node: `server`, or else the fastest one that the source can reach."""
+
+    __slots__ = ("server",)
 
     def __init__(self, server: str | None = None) -> None:
         super().__init__()
@@ -48,6 +56,8 @@ class Remote(Constant):
 
 class Fixed(Constant):
     """Always the same cut: blocks before `cut` (default: the middle one) on the source, the rest on `server`."""
+
+    __slots__ = ("cut", "server")
 
     def __init__(self, cut: int | None = None, server: str | None = None) -> None:
         super().__init__()

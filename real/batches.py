@@ -12,8 +12,11 @@ from random import Random
 
 import numpy as np
 
-from isthmus.real.session import Array, PartSession, random_input
-from isthmus.workloads.errors import InputError, within
+from isthmus.real.backend import Array
+from isthmus.real.backend import backend as find_backend
+from isthmus.real.session import PartSession, random_input
+from isthmus.workloads.backend import DEFAULT, BackendSpec
+from isthmus.workloads.errors import InputError, RunFailure, within
 from isthmus.workloads.fit import session_means
 from isthmus.workloads.model import Model, model_proto
 from isthmus.workloads.profile import BatchCost
@@ -24,9 +27,15 @@ _TOLERANCE = 1e-4  # of the largest number in an answer
 
 
 def measure_batches(
-    model: Model, sizes: Iterable[int], *, rounds: int = 14, pace_s: float = 0.02, progress: Progress | None = None
+    model: Model,
+    sizes: Iterable[int],
+    *,
+    rounds: int = 14,
+    pace_s: float = 0.02,
+    backend: BackendSpec = DEFAULT,
+    progress: Progress | None = None,
 ) -> tuple[BatchCost, ...]:
-    """What batches of `sizes` cost on one thread of this machine, in CPU time; a size of 1 needs no measuring.
+    """What batches of `sizes` cost on one thread of this machine, by the backend's clock; one of 1 needs no measuring.
 
     Each size is timed beside single requests, `rounds` runs of either in random turns, after the thread has idled for
     `pace_s` as in the profiler: the machine's drift falls on both alike and is divided out, and no more than two
@@ -42,13 +51,14 @@ def measure_batches(
     if not wanted:
         return ()
     feeds = [random_input(model, number, seed=0) for number in range(wanted[-1])]
-    single = PartSession(model, model.whole())
+    runtime = find_backend(backend)
+    single = PartSession(model, model.whole(), backend=runtime)
     answers = [single.run(feed) for feed in feeds]
     costs = []
     for done, size in enumerate(wanted):
         batch = {name: np.concatenate([feed[name] for feed in feeds[:size]]) for name in model.inputs}
         with within(f"{model.name} in batches of {size}"):
-            session = PartSession(model, model.whole(), proto=model_proto(model, size))
+            session = PartSession(model, model.whole(), proto=model_proto(model, size), backend=runtime)
             _check_rows(_answer(session, batch), answers[:size])
         pair = ((single, feeds[0]), (session, batch))
         for either, feed in pair:
@@ -75,10 +85,8 @@ def _answer(session: PartSession, batch: Mapping[str, Array]) -> dict[str, Array
     """InputError where the session, shaped for the batch, does not run: shapes can be wrong where nothing tells."""
     try:
         return session.run(batch)
-    except InputError:
-        raise
-    except Exception as error:  # ONNX Runtime has a family of its own, without a common base
-        raise InputError(f"ONNX Runtime cannot run it: {error}") from None
+    except RunFailure as error:
+        raise InputError(str(error)) from None
 
 
 def _check_rows(together: Mapping[str, Array], alone: list[dict[str, Array]]) -> None:

@@ -31,6 +31,7 @@ from isthmus.real.drive import run_cell
 from isthmus.real.fleet import Fleet, placed
 from isthmus.real.link_probe import LinkEnd, Probe
 from isthmus.real.profiler import profile_model
+from isthmus.workloads.backend import DEFAULT, BackendSpec
 from isthmus.workloads.codecs import CODECS
 from isthmus.workloads.fit import fit_line, fit_rhythm, typical
 from isthmus.workloads.link_costs import LinkCosts
@@ -58,11 +59,11 @@ class Bench:
     def progress(self) -> tuple[int, int, str]:
         return self._progress
 
-    def profile(self, model: Model, quick: bool, label: str) -> Profile:
-        return profile_model(model, quick=quick, label=label, progress=self._note)
+    def profile(self, model: Model, quick: bool, label: str, backend: BackendSpec) -> Profile:
+        return profile_model(model, quick=quick, label=label, backend=backend, progress=self._note)
 
-    def batches(self, model: Model, sizes: Sequence[int]) -> tuple[BatchCost, ...]:
-        return measure_batches(model, sizes, progress=self._note)
+    def batches(self, model: Model, sizes: Sequence[int], backend: BackendSpec) -> tuple[BatchCost, ...]:
+        return measure_batches(model, sizes, backend=backend, progress=self._note)
 
     def _note(self, done: int, total: int, text: str) -> None:
         self._progress = (done, total, text)
@@ -128,11 +129,12 @@ def measure_profiles(
     *,
     quick: bool,
     label: str,
+    backend: BackendSpec = DEFAULT,
     batches: Sequence[int] = (),
     where: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[Profile]:
-    """Profile models inside an actor, one after another, with what `batches` of these sizes cost.
+    """Profile models in a backend, inside an actor, one after another, with what `batches` of these sizes cost.
 
     `where` are Ray's options of where the actor runs.
 
@@ -147,8 +149,8 @@ def measure_profiles(
         return results(ray, [running])[0]
 
     try:
-        costs = [measured(bench.batches.remote(model, batches)) for model in models]
-        profiles = [measured(bench.profile.remote(model, quick, label)) for model in models]
+        costs = [measured(bench.batches.remote(model, batches, backend)) for model in models]
+        profiles = [measured(bench.profile.remote(model, quick, label, backend)) for model in models]
     finally:
         ray.kill(bench)
     return [profile.with_batches(cost) for profile, cost in zip(profiles, costs, strict=True)]
@@ -236,7 +238,7 @@ class Pilot:
     """What a short real run tells: parts at the rhythm of requests, and how late answers are released."""
 
     def __init__(self, testbed: Testbed, records: Sequence[Record]) -> None:
-        self.samples_s: dict[tuple[str, Part], list[float]] = {}  # by label of the machine
+        self.samples_s: dict[tuple[str, str, Part], list[float]] = {}  # by label of the machine, and backend
         self.answered = 0
         labels = {member: it.label for name, it in testbed.spec.nodes.items() for member in testbed.spec.members(name)}
         lateness = []
@@ -251,16 +253,18 @@ class Pilot:
                     stage = plan.stages[span.stage]
                     if not isinstance(testbed.service(stage.node, record.model), Measured):
                         continue
-                    cpu_s = (span.end_s - span.start_s) / testbed.nodes[stage.node].slowdown
-                    self.samples_s.setdefault((labels[stage.node], stage.part), []).append(cpu_s)
+                    node = testbed.nodes[stage.node]
+                    place = labels[stage.node], node.backend.key, stage.part
+                    self.samples_s.setdefault(place, []).append((span.end_s - span.start_s) / node.slowdown)
         self.wake_s = max(float(np.median(lateness)), 0.0) if lateness else 0.0
 
     def rhythm(self, model: Model, profile: Profile) -> Rhythm:
-        """How parts cost in the pilot on the profile's machine, against the profiler's loop.
+        """How parts cost in the pilot on the profile's machine and backend, against the profiler's loop.
 
         InputError if the profile is of another model.
         """
-        of = {p: s for (label, p), s in self.samples_s.items() if label == profile.machine.label}
+        whose = profile.machine.label, profile.measured_with.key
+        of = {p: s for (*by, p), s in self.samples_s.items() if tuple(by) == whose}
         of = {part: samples for part, samples in of.items() if part.model == model.name}
         loop = profile.at_rhythm(Rhythm())
         found = [

@@ -24,11 +24,12 @@ from isthmus.policies.contract import Policy
 from isthmus.policies.dispatch import Answer, Compiler, Start
 from isthmus.policies.plan import Compiled, Message
 from isthmus.policies.records import Kind, Span
+from isthmus.real.backend import Array
+from isthmus.real.intake import check, check_span
 from isthmus.real.letters import Cell, Collected, Letter, Tensors, place_of, refusal_from, took
 from isthmus.real.pressure import Usage, usage
 from isthmus.real.residents import Residents, Shaped
-from isthmus.real.session import Array
-from isthmus.real.slots import EmulatedSlots, HostSlots, Job, Slots, Together
+from isthmus.real.slots import CannotRun, EmulatedSlots, HostSlots, Job, Slots, Together
 from isthmus.real.source import SourceCell
 from isthmus.real.timeline import Clock, Timeline
 from isthmus.real.together import run_together
@@ -47,7 +48,10 @@ from isthmus.workloads.testbed import Testbed
 from isthmus.workloads.transmitter import Transmitter
 
 TOLERANCE = 1e-5
-"""Largest relative difference from the whole model's answer that counts as the same answer."""
+"""Largest relative difference from the whole model's answer that counts as the same; more where a backend says so."""
+
+_SAID = 300
+"""Characters of a reason that go on: part of it may be what a stranger said."""
 
 
 class Server(Protocol):
@@ -57,6 +61,9 @@ class Server(Protocol):
     node: Node
     testbed: Testbed
     residents: Residents
+
+    @property
+    def tolerance(self) -> float: ...
 
     def payload(self, request: Request) -> tuple[Tensors, Tensors]: ...
 
@@ -70,10 +77,12 @@ class Server(Protocol):
 class _Gathering:
     """What has come of the messages that a stage, or the answer, waits for."""
 
-    missing: int
+    missing: set[int]
+    """Of its plan's messages."""
     tensors: dict[str, Array] = field(default_factory=dict)
     spans: dict[tuple[object, ...], Span] = field(default_factory=dict)
     ready_s: float = 0.0
+    tolerance: float = TOLERANCE
     overruns: int = 0
 
 
@@ -141,6 +150,8 @@ class NodeCell:
         """A node had no room for a stage of an attempt."""
         if self._source is not None:
             reason, spans = refusal_from(why)
+            for span in spans:
+                check_span(span, self.testbed)
             self._source.refused(number, attempt, reason, spans)
 
     def got(self, number: int, attempt: int, load: int) -> None:
@@ -241,8 +252,9 @@ class NodeCell:
     def delivered(self, letter: Letter, arrays: Sequence[Array]) -> None:
         """A message is here. What is wrong with it is the sender's fault: its attempt is lost, and the node goes on."""
         try:
-            compiled = self._compile(letter.plan, letter.request.model, letter.request.source)
-            message = compiled.messages[letter.message]
+            compiled, message = check(letter, arrays, self.name, self.testbed, self._compile)
+            if letter.request.source == self.name and not (self._source and self._source.asked(letter.request)):
+                return  # of a time before this actor was started
             letter = self._stamped(letter, message)
             if letter.hop < len(message.links):
                 self._enter(message, letter, arrays)
@@ -254,14 +266,19 @@ class NodeCell:
                 parts = tuple(rest.pop(0) for _ in range(codec(c).arrays))
                 tensors[name] = codec(c).decode(parts, np.dtype(compiled.model.tensors[name].dtype))
         except InputError as error:
-            self.refusals.append(str(error))
-            self.server.note(letter.request.source, "lost", letter, f"{self.name} refused a message: {error}")
+            self._refuse(letter, f"refused a message: {error}")
             return
         ready_s = letter.at_s
         if letter.plan.codecs:
             ready_s = self._pace(letter.at_s, time.thread_time() - began)
         spans = took(Kind.DECODE, self.name, letter.at_s, ready_s, letter.attempt, message.source)
         self._arrived(compiled, message, replace(letter, at_s=ready_s, spans=letter.spans + spans), tensors)
+
+    def _refuse(self, letter: Letter, why: str) -> None:
+        """Nothing comes of a letter: its source has to know, and the driver."""
+        said = f"{self.name} {why}"[:_SAID]
+        self.refusals.append(said)
+        self.server.note(letter.request.source, "lost", letter, said)
 
     def _stamped(self, letter: Letter, message: Message) -> Letter:
         """A message with the time at which it was delivered, and what took time on its link."""
@@ -285,12 +302,19 @@ class NodeCell:
         stage = message.target
         key = (letter.request.source, letter.number, letter.attempt, stage)
         with self._lock:
-            gathering = self._gathering.setdefault(key, _Gathering(compiled.needs[stage]))
+            gathering = self._gathering.get(key)
+            if gathering is None:
+                awaited = {number for number, one in enumerate(compiled.messages) if one.target == stage}
+                gathering = self._gathering[key] = _Gathering(awaited)
+            if letter.message not in gathering.missing:
+                self.refusals.append(f"message {letter.message} has come twice")
+                return
             gathering.tensors.update(tensors)
             gathering.spans.update((_identity(span), span) for span in letter.spans)
             gathering.ready_s = max(gathering.ready_s, letter.at_s)
             gathering.overruns += letter.overruns
-            gathering.missing -= 1
+            gathering.tolerance = max(gathering.tolerance, letter.tolerance)
+            gathering.missing.discard(letter.message)
             if gathering.missing:
                 return
             del self._gathering[key]
@@ -307,7 +331,8 @@ class NodeCell:
                 gathering.ready_s,
                 partial(self._cost_s, compiled, stage, letter.request),
                 partial(self._computed, compiled, stage, letter, gathering),
-                partial(self._refuse, letter, gathering),
+                partial(self._full, letter, gathering),
+                lambda error: self._refuse(letter, str(error)),
             )
         )
 
@@ -319,7 +344,7 @@ class NodeCell:
         def compare() -> None:
             now_s = self.clock.now_s
             _, expected = self.server.payload(request)
-            error, correct = _compare(gathering.tensors, expected, lossy=bool(letter.plan.codecs))
+            error, correct = _compare(gathering.tensors, expected, gathering.tolerance, lossy=bool(letter.plan.codecs))
             answer = Answer(tuple(gathering.spans.values()), correct, error, gathering.overruns)
             source.answered(request, letter.attempt, answer, now_s)
 
@@ -344,12 +369,22 @@ class NodeCell:
     def _load(self, part: Part, size: int) -> tuple[Together, bool]:
         session, load_s = self.server.residents.session(part, size)
         model = self.testbed.models[part.model]
-        return lambda feeds: run_together(session, model, feeds, size), load_s > 0
+
+        def run(feeds: Sequence[Tensors]) -> Sequence[Tensors]:
+            try:
+                return run_together(session, model, feeds, size)
+            except Exception as error:
+                raise CannotRun(f"cannot run {part} on what has come: {error}") from None
+
+        return run, load_s > 0
 
     def _compute(self, part: Part, tensors: Tensors) -> tuple[Tensors, float, float]:
         """Outputs, CPU seconds, CPU seconds of loading."""
         session, load_s = self.server.residents.session(part)
-        outputs, cpu_s = session.timed(tensors)
+        try:
+            outputs, cpu_s = session.timed(tensors)
+        except Exception as error:  # such as an index out of range: a runtime has errors of its own
+            raise CannotRun(f"cannot run {part} on what has come: {error}") from None
         return outputs, cpu_s, load_s
 
     def _cost_s(self, compiled: Compiled, stage: int, request: Request, cpu_s: float) -> float:
@@ -374,10 +409,15 @@ class NodeCell:
     ) -> None:
         if self._source is not None and self._is_source(letter):
             self._source.stage_done(letter.request, letter.attempt, stage, end_s)
-        passed = replace(letter, spans=(*gathering.spans.values(), *spans), overruns=gathering.overruns + overruns)
+        passed = replace(
+            letter,
+            spans=(*gathering.spans.values(), *spans),
+            overruns=gathering.overruns + overruns,
+            tolerance=max(gathering.tolerance, self.server.tolerance),
+        )
         self._send_all(compiled, stage, passed, outputs, end_s)
 
-    def _refuse(self, letter: Letter, gathering: _Gathering) -> None:
+    def _full(self, letter: Letter, gathering: _Gathering) -> None:
         """There is no room for a stage: the request's source has to know, with what took time until then."""
         spans, reason = tuple(gathering.spans.values()), f"no room at {self.name}"
         if self._source is not None and self._is_source(letter):
@@ -391,7 +431,7 @@ def _identity(span: Span) -> tuple[object, ...]:
     return (span.kind, span.place, span.start_s, span.end_s, span.stage)
 
 
-def _compare(answer: Tensors, expected: Mapping[str, Array], *, lossy: bool) -> tuple[float, bool]:
+def _compare(answer: Tensors, expected: Mapping[str, Array], tolerance: float, *, lossy: bool) -> tuple[float, bool]:
     """Largest relative difference, and whether the answer counts as the same.
 
     With a lossy codec the numbers differ by design: then the largest entry of each output has to be the same.
@@ -399,4 +439,4 @@ def _compare(answer: Tensors, expected: Mapping[str, Array], *, lossy: bool) -> 
     error = max(float(np.max(np.abs(answer[n] - e)) / (np.max(np.abs(e)) or 1.0)) for n, e in expected.items())
     if lossy:
         return error, all(np.argmax(answer[n]) == np.argmax(e) for n, e in expected.items())
-    return error, error <= TOLERANCE
+    return error, error <= tolerance

@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from isthmus.policies.contract import Policy
 from isthmus.policies.records import Outcome, Record
 from isthmus.real.fleet import Fleet
 from isthmus.real.letters import Cell
+from isthmus.real.power import Energy
 from isthmus.real.pressure import Pressure, stalled_share
 from isthmus.workloads.affliction import check_place
 from isthmus.workloads.faults import Fault, NodeFault, merged
@@ -30,6 +31,14 @@ _LATEST = 500
 
 Tick = Callable[[int, str], None]
 """Told now and then how many requests are closed, and how they fare."""
+
+
+class Driven(NamedTuple):
+    """What is known of a cell besides its records."""
+
+    pressure: Pressure
+    energy: Mapping[str, Energy]
+    """Of physical nodes whose hosts measure it, from time 0 to the end."""
 
 
 class Ground(Protocol):
@@ -58,7 +67,7 @@ def run_cell(
     ground: Ground | None = None,
     decided: Callable[[Mapping[str, Any]], None] | None = None,
     tick: Tick | None = None,
-) -> Pressure:
+) -> Driven:
     """Run one policy's requests in real time; `sink` gets each record soon after it was closed.
 
     Every request gets exactly one record, also those whose source dies: they have failed. A node whose actor dies
@@ -130,7 +139,7 @@ class _Driving:
             if node not in self.fleet.alive:
                 self.fleet.call(source, "node_is", node, False)
 
-    def drive(self) -> Pressure:
+    def drive(self) -> Driven:
         try:
             while self.running or self._awaits_a_source():
                 self._let_fall()
@@ -149,14 +158,17 @@ class _Driving:
             raise
         finally:
             lasted_s = max(self._now_s, 1e-9)
-            used = [u for node in self.fleet.alive if (u := self.fleet.call(node, "close")) is not None]
-        return Pressure(
+            closed = {node: self.fleet.call(node, "close") for node in self.fleet.alive}
+        used = [it[0] for it in closed.values() if it is not None]
+        energy = {node: it[1] for node, it in closed.items() if it is not None and it[1] is not None}
+        felt = Pressure(
             self.overruns / max(sum(map(len, self.requests.values())), 1),
             sum(u.run_delay_s for u in used) / lasted_s / max(len(used), 1),
             sum(u.cpu_s for u in used) / lasted_s,
             stalled_share(),
             sum(self.refusals.values()),
         )
+        return Driven(felt, energy)
 
     @property
     def _now_s(self) -> float:

@@ -53,6 +53,8 @@ class Letter:
     at_s: float
     spans: tuple[Span, ...]
     overruns: int
+    tolerance: float = 0.0
+    """The largest of the backends that it has passed."""
 
     @property
     def number(self) -> int:
@@ -94,7 +96,7 @@ def letter_to(letter: Letter, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> 
     """As it goes over the wire."""
     said = [
         letter.cell, letter.plan.to_json(), letter.request, letter.attempt, letter.message, letter.hop, letter.at_s,
-        letter.spans, letter.overruns, shapes,
+        letter.spans, letter.overruns, letter.tolerance, shapes,
     ]  # fmt: skip
     return json.dumps(said).encode()
 
@@ -102,10 +104,10 @@ def letter_to(letter: Letter, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> 
 def letter_from(content: bytes) -> tuple[Letter, Shapes]:
     """What `letter_to` wrote. InputError for anything else; whether its plan is possible, its receiver finds out."""
     try:
-        cell, plan, request, attempt, message, hop, at_s, spans, overruns, shapes = json.loads(content)
+        cell, plan, request, attempt, message, hop, at_s, spans, overruns, tolerance, shapes = json.loads(content)
         letter = Letter(
             _whole(cell), _read_plan(plan), _request(request), _whole(attempt), _whole(message), _whole(hop),
-            _number(at_s), tuple(map(_span, spans)), _whole(overruns),
+            _number(at_s), tuple(map(_span, spans)), _whole(overruns), _number(tolerance),
         )  # fmt: skip
         return letter, [(_dtype(dtype), tuple(map(_whole, shape))) for dtype, shape in shapes]
     except (ValueError, TypeError, KeyError, RecursionError) as error:

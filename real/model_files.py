@@ -25,7 +25,7 @@ def packed(model: Model) -> Files:
         return {}
     files = {path.name: path.read_bytes()}
     for location in onnx_file.external_files(path):
-        files[location] = (path.parent / location).read_bytes()
+        files[location] = onnx_file.beside(path, location).read_bytes()
     return files
 
 
@@ -44,6 +44,8 @@ def unpacked(model: Model, files: Files) -> Model:
     if files and not path.is_file():
         for name, content in reversed(list(files.items())):  # the ONNX file last: with it the model is whole
             target = folder / name
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise RunFailure(f"model {model.name!r} names a file outside its folder: {name[:80]!r}")
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f"{target.name}.{os.getpid()}")
             partial.write_bytes(content)

@@ -9,21 +9,24 @@ from __future__ import annotations
 import gc
 import json
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from isthmus.policies.contract import Policy
+from isthmus.real.backend import backend
 from isthmus.real.cell import NodeCell
 from isthmus.real.clocks import Reading, reading
 from isthmus.real.cluster import own_address
 from isthmus.real.letters import Cell, Collected, Letter, Tensors
 from isthmus.real.model_files import Files, unpacked
+from isthmus.real.power import Energy, PowerLog
 from isthmus.real.pressure import Usage
 from isthmus.real.profiler import this_machine
 from isthmus.real.residents import Residents
-from isthmus.real.session import Array, random_input
+from isthmus.real.session import Array, PartSession, random_input
 from isthmus.real.wire import Address, Wire
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.model import Part
@@ -48,9 +51,10 @@ class NodeServer:
         self.node = testbed.nodes[name]
         self._sizes = self.node.batch.sizes if self.node.physical and self.node.batch is not None else (1,)
         filed = self.node.physical and self.node.memory_bytes is not None
-        self.residents = Residents(self.testbed.models, filed=filed)
+        self.residents = Residents(self.testbed.models, self.node.backend, filed=filed)
         self._references: dict[str, list[tuple[Tensors, Tensors]]] = {}
         self._cell: NodeCell | None = None
+        self._power = PowerLog() if self.node.physical else None
         self._gone = threading.Event()
         self._wire = Wire(address or own_address(), self._delivered, self._told, self._refused)
 
@@ -71,7 +75,7 @@ class NodeServer:
     def prepare_answers(self, model: str, seed: int) -> None:
         """Payloads for requests that arise here, and the whole model's answers to them."""
         of = self.testbed.models[model]
-        whole = self.residents.whole(of)
+        whole = PartSession(of, of.whole())  # in ONNX Runtime, whatever this node computes with
         inputs = [random_input(of, i, seed) for i in range(PAYLOADS)]
         self._references[model] = [(given, whole.run(given)) for given in inputs]
 
@@ -82,6 +86,8 @@ class NodeServer:
         gc.collect()
         gc.freeze()  # a collection of what is here for good would take 13-20 ms in the middle of a run
         self._cell = NodeCell(self, cell)
+        if self._power is not None:
+            self._power.start()
 
     def start(self, requests: Sequence[Request], policy: Policy, end_s: float) -> None:
         """Requests will arise here, under this policy; what is open at `end_s` stays unfinished."""
@@ -98,13 +104,17 @@ class NodeServer:
         if self._cell is not None:
             self._cell.node_is(node, up)
 
-    def close(self) -> Usage | None:
-        """End the cell; returns what it used of the host."""
+    def close(self) -> tuple[Usage, Energy | None] | None:
+        """End the cell; what it used of the host, and the energy of a physical node whose host measures it."""
         if self._cell is None:
             return None
+        energy, began, ends = None, self._cell.cell.epoch, time.monotonic()
+        if self._power is not None:
+            self._power.stop()
+            energy = self._power.energy(began, ends) if began < ends else None
         used = self._cell.close()
         self._cell = None
-        return used
+        return used, energy
 
     def watch(self) -> None:
         """Never returns: whoever waits for it learns when this actor is gone."""
@@ -149,6 +159,11 @@ class NodeServer:
             self._cell.refusals.append(why)
 
     # For the cell
+
+    @property
+    def tolerance(self) -> float:
+        """How far from ONNX Runtime's its answers may be: see `Backend`."""
+        return backend(self.node.backend).tolerance
 
     def payload(self, request: Request) -> tuple[Tensors, Tensors]:
         """Inputs and reference answer of a request."""

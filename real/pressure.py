@@ -44,7 +44,7 @@ def cores() -> int:
 
 @dataclass(frozen=True)
 class Pressure:
-    """How hard-pressed the host was during a cell. Beyond the limits of `warnings` the figures suffer."""
+    """How hard-pressed the hosts were during a cell. Beyond the limits of `warnings` the figures suffer."""
 
     overrun_share: float
     run_delay_share: float

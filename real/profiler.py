@@ -1,7 +1,7 @@
 """Measuring a model on this machine: telling parts, timed as real sessions, fitted into a profile.
 
-Knows ONNX Runtime and the clock. Must not know Ray, policies or who shows the progress. It can run in any
-process; for an emulated node it should run inside the node's own actor.
+Knows sessions, their clock and ONNX Runtime's profiler. Must not know Ray, policies or who shows the progress. It can
+run in any process; for an emulated node it should run inside the node's own actor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ import onnx
 import onnxruntime as ort
 import psutil
 
-from isthmus.real.session import PROVIDER, Array, PartSession, random_input, random_tensors, session_options
+from isthmus.real.backend import Array
+from isthmus.real.backend import backend as find_backend
+from isthmus.real.host_facts import processor
+from isthmus.real.onnxruntime_backend import CPU, session_options
+from isthmus.real.session import PartSession, random_input, random_tensors
+from isthmus.workloads.backend import DEFAULT, BackendSpec
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.fit import fit_blocks, fit_line, session_means
 from isthmus.workloads.model import Model, members, model_proto
@@ -50,21 +55,25 @@ def profile_model(
     pace_s: float = 0.02,
     quick: bool = False,
     label: str = "host",
+    backend: BackendSpec = DEFAULT,
     progress: Progress | None = None,
 ) -> Profile:
-    """Measure `model` on one thread of this machine, in CPU time.
+    """Measure `model` on one thread of this machine: CPU time, or wall time where the backend computes elsewhere.
 
     The sessions of `profile_spans` are timed by `time_spans`, and costs fitted to them by `fit_profile`. With
     `quick` only the whole, its halves and its quarters are timed, and shared out among the blocks as ONNX
     Runtime's own profiler does it for the whole: seconds instead of a minute, and coarse, since a part is not
-    compiled as it is inside the whole. `label` names the machine. `progress(done, total, text)` is called as
-    it goes on.
+    compiled as it is inside the whole (and, with another `backend`, not as that one does it). `label` names the
+    machine. `progress(done, total, text)` is called as it goes on. InputError if the backend is not there, or does not
+    take a part.
     """
     proto = model_proto(model)
     spans = _pieces(len(model.blocks)) if quick else profile_spans(model)
-    sessions = time_spans(model, spans, proto, rounds=rounds, runs=runs, pace_s=pace_s, progress=progress)
+    sessions = time_spans(
+        model, spans, proto, rounds=rounds, runs=runs, pace_s=pace_s, backend=backend, progress=progress
+    )
     if not quick:
-        return fit_profile(model, sessions, pace_s=pace_s, label=label)
+        return fit_profile(model, sessions, pace_s=pace_s, label=label, backend=backend)
     kernels_s = _kernel_times(model, proto)
     of_spans_s = [float(kernels_s[first:last].sum()) for first, last in spans]
     session_s, scale = fit_line(of_spans_s, [session.mean_s for session in sessions])
@@ -73,6 +82,7 @@ def profile_model(
         sessions,
         pace_s=pace_s,
         label=label,
+        backend=backend,
         provenance=f"kernel times of ONNX Runtime's profiler, scaled by {scale:.3f} to {len(spans)} sessions",
         session_s=session_s,
         blocks=tuple(BlockCost(seconds=scale * float(kernel_s), source="scaled") for kernel_s in kernels_s),
@@ -99,7 +109,14 @@ def _pieces(blocks: int) -> list[Span]:
     return list(dict.fromkeys(spans))
 
 
-def fit_profile(model: Model, sessions: Sequence[SessionCost], *, pace_s: float, label: str = "host") -> Profile:
+def fit_profile(
+    model: Model,
+    sessions: Sequence[SessionCost],
+    *,
+    pace_s: float,
+    label: str = "host",
+    backend: BackendSpec = DEFAULT,
+) -> Profile:
     """The profile that follows from timed sessions: see `workloads/fit.py`."""
     spans = [(session.first, session.last) for session in sessions]
     fit = fit_blocks(spans, [session.mean_s for session in sessions], len(model.blocks))
@@ -108,6 +125,7 @@ def fit_profile(model: Model, sessions: Sequence[SessionCost], *, pace_s: float,
         sessions,
         pace_s=pace_s,
         label=label,
+        backend=backend,
         provenance=f"least squares over {len(sessions)} sessions of {len(sessions[0].samples_s)} runs",
         session_s=fit.session_s,
         blocks=tuple(BlockCost(seconds=float(cost_s), source="fitted") for cost_s in fit.block_s),
@@ -126,6 +144,7 @@ def time_spans(
     rounds: int,
     runs: int,
     pace_s: float,
+    backend: BackendSpec = DEFAULT,
     progress: Progress | None = None,
 ) -> list[SessionCost]:
     """Time `model.span(first, last)` for each of `spans`: `rounds` visits of `runs` runs each.
@@ -146,6 +165,7 @@ def time_spans(
     pause = max(1, rounds // _VISITS)  # rounds from one visit to the next for those that do not stay
     visits = [[k for k in range(len(spans)) if k in stay or turn % pause == 0] for turn in range(rounds)]
 
+    runtime = find_backend(backend)
     rng = Random(0)
     loaded: dict[int, PartSession] = {}
     feeds: dict[int, dict[str, Array]] = {}
@@ -158,7 +178,7 @@ def time_spans(
             first, last = spans[k]
             session = loaded.get(k)
             if session is None:
-                session = PartSession(model, model.span(first, last), proto=proto)
+                session = PartSession(model, model.span(first, last), proto=proto, backend=runtime)
                 load_s[k] = session.load_s
                 if first not in feeds:
                     feeds[first] = random_tensors(model, session.inputs, np.random.default_rng(first))
@@ -219,7 +239,7 @@ def _kernel_times(model: Model, proto: onnx.ModelProto) -> npt.NDArray[np.float6
         options = session_options()
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "kernels")
-        session = ort.InferenceSession(proto.SerializeToString(), options, [PROVIDER])
+        session = ort.InferenceSession(proto.SerializeToString(), options, [CPU])
         feeds = random_input(model, 0, seed=0)
         for _ in range(_KERNEL_RUNS):
             session.run(None, feeds)
@@ -258,18 +278,22 @@ def _profile(
     *,
     pace_s: float,
     label: str,
+    backend: BackendSpec,
     provenance: str,
     session_s: float,
     blocks: tuple[BlockCost, ...],
     cuts: tuple[CutCost, ...],
 ) -> Profile:
+    runtime = find_backend(backend)
     return Profile(
         model=model.name,
         sha256=model.sha256,
         machine=this_machine(label),
-        backend="onnxruntime",
-        backend_version=ort.__version__,
-        provider=PROVIDER,
+        backend=backend.name,
+        backend_version=runtime.version,
+        backend_arguments=backend.arguments,
+        provider=runtime.device,
+        clock=runtime.clock(1),
         threads=1,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         pace_s=pace_s,
@@ -282,16 +306,10 @@ def _profile(
 
 
 def this_machine(label: str) -> Machine:
-    """This machine, with the processor's name from Linux where that tells it."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        cpu = found[1] if found else cpu
-    except OSError:
-        pass
+    """This machine, with the name of its processor or board."""
     return Machine(
         label=label,
-        cpu=cpu,
+        cpu=processor(),
         cores=os.cpu_count() or 1,
         platform=platform.platform(),
         python=platform.python_version(),

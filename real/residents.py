@@ -15,9 +15,11 @@ from typing import IO, Any
 
 import numpy as np
 
+from isthmus.real.backend import backend
 from isthmus.real.cutter import Graph, graph_of
 from isthmus.real.session import PartSession, random_tensors
 from isthmus.real.together import run_together
+from isthmus.workloads.backend import BackendSpec
 from isthmus.workloads.model import Model, Part, model_proto
 
 Shaped = tuple[Part, int]
@@ -30,8 +32,8 @@ _PERSISTENT = "/var/tmp"  # where files are on a disk: /tmp may be memory
 class Residents:
     """With `filed` nothing is loaded before it is needed, and then from its file."""
 
-    def __init__(self, models: Mapping[str, Model], *, filed: bool = False) -> None:
-        self._models = models
+    def __init__(self, models: Mapping[str, Model], runs_in: BackendSpec, *, filed: bool = False) -> None:
+        self._models, self._runs_in = models, runs_in
         self._sessions: dict[Shaped, PartSession] = {}
         self._files: dict[Shaped, tuple[IO[bytes], Graph]] | None = {} if filed else None
         self._loading = threading.Lock()
@@ -39,10 +41,6 @@ class Residents:
     @property
     def resident(self) -> tuple[Shaped, ...]:
         return tuple(self._sessions)
-
-    def whole(self, model: Model) -> PartSession:
-        """The whole model, resident or not, for one request at a time."""
-        return self._sessions.get((model.whole(), 1)) or PartSession(model, model.whole())
 
     def prepare(self, parts: Iterable[Shaped]) -> None:
         """Have exactly these resident and warm, or in their files and none resident."""
@@ -57,14 +55,15 @@ class Residents:
                 protos[model.name, size] = model_proto(model, size)
             proto = protos[model.name, size]
             if self._files is None:
-                self._sessions[part, size] = _warm(PartSession(model, part, proto=proto), model, size)
+                session = PartSession(model, part, proto=proto, backend=backend(self._runs_in))
+                self._sessions[part, size] = _warm(session, model, size)
             else:
                 self._files[part, size] = _filed(graph_of(model, part, proto))
 
     def keep(self, parts: Iterable[Shaped]) -> None:
         """Drop all others."""
         for shaped in set(self._sessions).difference(parts):
-            del self._sessions[shaped]
+            self._sessions.pop(shaped).close()
 
     def begin(self) -> None:
         """A run begins: with files, nothing is resident."""
@@ -72,7 +71,8 @@ class Residents:
             self.keep(())
 
     def session(self, part: Part, size: int = 1) -> tuple[PartSession, float]:
-        """A part for so many requests at once; the CPU seconds of loading it if that had to be waited for, else 0."""
+        """A part for so many requests at once; the seconds of loading it, by its clock, if that had to be
+        waited for, else 0."""
         found = self._sessions.get((part, size))
         if found is not None:
             return found, 0.0
@@ -80,7 +80,9 @@ class Residents:
             found = self._sessions.get((part, size))
             if found is None:
                 model = self._models[part.model]
-                found = self._sessions[part, size] = PartSession(model, part, graph=self._graph(model, part, size))
+                graph = self._graph(model, part, size)
+                found = PartSession(model, part, graph=graph, backend=backend(self._runs_in))
+                self._sessions[part, size] = found
             return found, found.load_s
 
     def _graph(self, model: Model, part: Part, size: int) -> Graph:

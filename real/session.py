@@ -1,32 +1,29 @@
-"""A part of a model, loaded and ready to run: the only file that calls ONNX Runtime to compute.
+"""A part of a model, loaded in some backend and ready to run: what goes in is checked, and what it costs is timed.
 
-Knows ONNX Runtime. Must not know Ray, policies, links or how slow the emulated hardware is.
+Knows parts and the interface of backends. Must not know a runtime, Ray, policies, links or how slow the emulated
+hardware is.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 
+from isthmus.real.backend import CLOCKS, Backend, one_line
+from isthmus.real.backend import Array as Array
+from isthmus.real.backend import backend as find_backend
 from isthmus.real.cutter import Graph, graph_of
-from isthmus.workloads.errors import InputError
+from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.model import Model, Part
-
-Array = npt.NDArray[Any]
-PROVIDER = "CPUExecutionProvider"
 
 
 class PartSession:
-    """One part in ONNX Runtime on the CPU.
+    """One part in a backend, by default ONNX Runtime on the CPU.
 
-    With one thread all the work is done on the thread that calls, so that its CPU time is the cost of the
-    part, however busy the host is. `load_s` is the CPU time that creating the session took.
+    Times are the CPU time of the calling thread where the backend does all its work there, however busy the host is;
+    where it does not they are wall time: `clock` says which. `load_s` is what loading took.
     """
 
     def __init__(
@@ -37,39 +34,52 @@ class PartSession:
         threads: int = 1,
         optimize: bool = True,
         proto: onnx.ModelProto | None = None,
+        backend: Backend | None = None,
         graph: Graph | None = None,
     ) -> None:
         """`optimize=False` keeps the graph as it is: slower, and cut models then agree bit for bit.
 
         `proto` is `model_proto(model)`, for who loads several parts, or that of a batch; `graph` the part itself, for
-        who has it. Raises InputError as `cut_out` does, or if ONNX Runtime does not take the part.
+        who has it. Raises InputError as `cut_out` does, or if the backend does not take the part.
         """
+        self.backend = find_backend() if backend is None else backend
+        self.clock = self.backend.clock(threads)
         if graph is None:
             graph = graph_of(model, part, proto)
         self.part = part
         self.inputs = model.part_inputs(part)
         self.outputs = model.part_outputs(part)
         self.takes, self.gives = graph.inputs, graph.outputs
-        content = graph.content
-        started_s = time.thread_time()
+        now = CLOCKS[self.clock]
+        started_s = now()
         try:
-            self._session = ort.InferenceSession(content, session_options(threads, optimize), [PROVIDER])
-        except Exception as error:  # ONNX Runtime has a family of its own, without a common base
-            raise InputError(f"ONNX Runtime cannot load {part}: {error}", where=model.source) from None
-        self.load_s = time.thread_time() - started_s
+            self._loaded = self.backend.load(graph.content, threads=threads, optimize=optimize)
+        except InputError as error:
+            where = error.where or model.source
+            raise InputError(f"{part}: {error.problem}", where=where, allowed=error.allowed) from None
+        self.load_s = now() - started_s
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs by name, given the inputs by name. Raises InputError if they are not as declared."""
         return self.timed(feeds)[0]
 
     def timed(self, feeds: Mapping[str, Array]) -> tuple[dict[str, Array], float]:
-        """As `run`, and the CPU seconds that the calling thread spent on computing."""
+        """As `run`, and the seconds that computing took, by the session's `clock`. RunFailure if it breaks."""
         self._check(feeds)
-        given = dict(feeds)
-        started_s = time.thread_time()
-        values = self._session.run(self.outputs, given)
-        cpu_s = time.thread_time() - started_s
-        return dict(zip(self.outputs, values, strict=True)), cpu_s
+        given, now = dict(feeds), CLOCKS[self.clock]
+        started_s = now()
+        try:
+            values = self._loaded.run(given)
+        except Exception as error:  # a family of their own in every runtime
+            raise RunFailure(f"{self.backend.name} cannot run {self.part}: {one_line(error)}") from error
+        taken_s = now() - started_s
+        return dict(zip(self.outputs, values, strict=True)), taken_s
+
+    def close(self) -> None:
+        """Give back what the backend holds beyond its memory, which goes with the session."""
+        close = getattr(self._loaded, "close", None)
+        if close is not None:
+            close()
 
     def _check(self, feeds: Mapping[str, Array]) -> None:
         if feeds.keys() != self.takes.keys():
@@ -80,18 +90,6 @@ class PartSession:
             if value.shape != tensor.shape or value.dtype.name != tensor.dtype:
                 problem = f"{self.part} was given {name!r} as {value.dtype.name} {list(value.shape)}"
                 raise InputError(problem, allowed=f"{tensor.dtype} {list(tensor.shape)}")
-
-
-def session_options(threads: int = 1, optimize: bool = True) -> ort.SessionOptions:
-    """ONNX Runtime's options as everything here uses them: no spinning threads, errors only in its log."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return options
 
 
 def random_input(model: Model, index: int, seed: int) -> dict[str, Array]:

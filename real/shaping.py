@@ -24,11 +24,6 @@ _PIECE_S = 0.002
 """How long a link takes for the largest piece that TCP hands to it (TSO): what store and forward costs at a hop."""
 
 
-def network(pid: int) -> IPRoute:
-    """The network namespace of a process."""
-    return IPRoute(netns=f"/proc/{pid}/ns/net")
-
-
 @contextmanager
 def in_namespace(pid: int) -> Iterator[None]:
     """This thread in the network namespace of a process: what it opens stays there."""
@@ -37,6 +32,13 @@ def in_namespace(pid: int) -> Iterator[None]:
         yield
     finally:
         netns.popns()
+
+
+@contextmanager
+def network(pid: int) -> Iterator[IPRoute]:
+    """The network namespace of a process. Not `IPRoute(netns=…)`, which forks, signal handlers and all."""
+    with in_namespace(pid), IPRoute() as ns:
+        yield ns
 
 
 def has_netem(pid: int) -> bool:
@@ -122,10 +124,10 @@ class Shaped:
     """What one host sends into a device, as slow as a link."""
 
     def __init__(self, pid: int, device: str) -> None:
-        self._ns = network(pid)
-        [self._index] = self._ns.link_lookup(ifname=device)
         self._latency: tuple[float, float] | None = None
-        with in_namespace(pid):
+        with in_namespace(pid):  # sockets stay where they were opened
+            self._ns = IPRoute()
+            [self._index] = self._ns.link_lookup(ifname=device)
             self._kick = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
             self._kick.bind((device, 0))
 

@@ -22,6 +22,7 @@ from isthmus.policies.records import Kind, Span
 from isthmus.real.letters import Tensors, took
 from isthmus.real.residents import Shaped
 from isthmus.real.timeline import Clock, Timeline
+from isthmus.workloads.errors import InputError
 from isthmus.workloads.memory import Finish, Memory
 from isthmus.workloads.model import Part
 from isthmus.workloads.nodes import Node
@@ -38,12 +39,16 @@ Load = Callable[[Part, int], tuple[Together, bool]]
 Result = Future[tuple[Tensors, float, float]]
 
 
+class CannotRun(InputError):
+    """A part does not run on the tensors of a job."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A stage that has all its tensors. `cost_s` makes the node's time of the host's CPU seconds.
 
-    `ended` is told the outputs, when that was, what took time meanwhile, and how often the host was late. `refused` is
-    called instead when the node has no room.
+    `ended` is told the outputs, when that was, what took time meanwhile, and how often the host was late. Or else
+    `refused` is called, when the node has no room, or `broke` told why there are no outputs.
     """
 
     part: Part
@@ -55,6 +60,7 @@ class Job:
     cost_s: Callable[[float], float]
     ended: Callable[[Tensors, float, tuple[Span, ...], int], None]
     refused: Callable[[], None]
+    broke: Callable[[CannotRun], None]
 
 
 class Slots(Protocol):
@@ -197,19 +203,31 @@ class EmulatedSlots:
 
     def _computed(self, begun: _Begun[Result]) -> None:
         """The host has the results of jobs that began at that time on the emulated hardware: when do they end there?"""
-        results = [result.result() for _, result in begun.jobs]
-        loaded_s, (first, _) = begun.loaded_s, begun.jobs[0]
+        done: list[tuple[Job, Tensors]] = []
+        costs_s, loads_s = [], 0.0
+        for job, result in begun.jobs:
+            try:
+                outputs, cpu_s, load_s = result.result()
+            except CannotRun as error:
+                job.broke(error)
+                continue
+            done.append((job, outputs))
+            costs_s.append(job.cost_s(cpu_s))
+            loads_s += load_s
+        if not done:
+            self._ended(begun, begun.begun_s)
+            return
+        loaded_s, seconds = begun.loaded_s, costs_s[0]
         if not self._loads:
-            loaded_s = self._finish(begun.begun_s, sum(load_s for *_, load_s in results) * self._node.slowdown)
-        seconds = first.cost_s(results[0][1])
-        if len(begun.jobs) > 1:
-            seconds *= self._factor(first.part.model, len(begun.jobs))
+            loaded_s = self._finish(begun.begun_s, loads_s * self._node.slowdown)
+        if len(done) > 1:
+            seconds *= self._factor(begun.needs[0].model, len(done))
         end_s = self._finish(loaded_s, seconds)
         now, overruns = self._clock.now_s, 0
         if now > end_s:
             end_s, overruns = now, 1
         self._commit.at(end_s, partial(self._ended, begun, end_s))
-        for (job, _), (outputs, *_) in zip(begun.jobs, results, strict=True):
+        for job, outputs in done:
             job.ended(outputs, end_s, _spans(job, self._node.name, begun.begun_s, loaded_s, end_s), overruns)
 
     def _ended(self, begun: _Begun[Result], end_s: float) -> None:
@@ -312,12 +330,23 @@ class HostSlots:
     def _work(self, begun: _Begun[None]) -> None:
         run, waited = self._load(*begun.needs)
         loaded_s = self._clock.now_s if waited else begun.begun_s
-        outputs = run([job.tensors for job, _ in begun.jobs])
+        done = _outputs(run, [job for job, _ in begun.jobs])
         end_s = self._clock.now_s
         if self._node.speed is not None:
             loaded_s = self._node.speed.finish_s(begun.begun_s, loaded_s - begun.begun_s)
             end_s = self._node.speed.finish_s(begun.begun_s, end_s - begun.begun_s)
             self._clock.sleep_until(end_s)
             end_s = max(end_s, self._clock.now_s)
-        for (job, _), its in zip(begun.jobs, outputs, strict=True):
-            job.ended(its, end_s, _spans(job, self._node.name, begun.begun_s, loaded_s, end_s), 0)
+        for job, outputs in done:
+            job.ended(outputs, end_s, _spans(job, self._node.name, begun.begun_s, loaded_s, end_s), 0)
+
+
+def _outputs(run: Together, jobs: list[Job]) -> list[tuple[Job, Tensors]]:
+    """The jobs that could be run, together where they can. One that cannot takes none of the others with it."""
+    try:
+        return list(zip(jobs, run([job.tensors for job in jobs]), strict=True))
+    except CannotRun as error:
+        if len(jobs) == 1:
+            jobs[0].broke(error)
+            return []
+    return [pair for job in jobs for pair in _outputs(run, [job])]

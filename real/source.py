@@ -49,10 +49,12 @@ class SourceCell:
         self._records: deque[Record] = deque()
         self._decisions: deque[tuple[Request, int, View, Plan]] = deque()
         self._left = 0
+        self._asked: dict[int, Request] = {}
 
     def start(self, requests: Sequence[Request], end_s: float) -> None:
         """Let these arise; what is open at the end stays unfinished."""
         self._left = len(requests)
+        self._asked = {request.number: request for request in requests}
         for request in requests:
             self._timeline.at(request.arrival_s, partial(self._arrive, request))
         self._timeline.at(end_s, partial(self._carry_out_since, self._dispatcher.end))
@@ -70,6 +72,10 @@ class SourceCell:
         done = self._left == 0  # read first: what closed the last request is in the queue by then
         decisions = [decision_row(*decision) for decision in _drained(self._decisions)]
         return _drained(self._records), decisions, done
+
+    def asked(self, request: Request) -> bool:
+        """Whether this is one of its requests."""
+        return self._asked.get(request.number) == request
 
     # What it is told; each is carried out on its own thread, in order of time
 

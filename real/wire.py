@@ -9,6 +9,7 @@ Knows sockets and letters. Must not know Ray, nor what becomes of a letter.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from isthmus.real.session import Array
 from isthmus.workloads.errors import InputError
 
 _LARGEST_BYTES = 2**31
+_LARGEST_LETTER_BYTES = 2**20  # without its tensors
 _DOMAIN = "isthmus"
 _LETTER, _NOTE = b"letter", b"note"
 
@@ -123,6 +125,8 @@ class Wire:
                 continue
             frames = self._inbox.recv_multipart(copy=False)
             try:
+                if any(len(frame.buffer) > _LARGEST_LETTER_BYTES for frame in frames[:2]):
+                    raise InputError("a letter that is too long", allowed=f"{_LARGEST_LETTER_BYTES} bytes")
                 if len(frames) > 1 and frames[0].bytes == _LETTER:
                     letter, shapes = letter_from(frames[1].bytes)
                     self._deliver(letter, _arrays(shapes, frames[2:]))
@@ -130,8 +134,8 @@ class Wire:
                     self._told(frames[1].bytes)
                 else:
                     raise InputError(f"a message of {len(frames)} frames", allowed="a letter with its tensors")
-            except InputError as error:
-                self._refused(str(error))
+            except Exception as error:  # whatever it is made of, this thread has to go on
+                self._refused(str(error) if isinstance(error, InputError) else repr(error))
 
 
 def _arrays(shapes: Sequence[tuple[np.dtype[Any], tuple[int, ...]]], frames: Sequence[Any]) -> list[Array]:
@@ -140,7 +144,7 @@ def _arrays(shapes: Sequence[tuple[np.dtype[Any], tuple[int, ...]]], frames: Seq
         raise InputError(f"a letter with {len(frames)} tensors", allowed=f"{len(shapes)}, as it says itself")
     arrays = []
     for (dtype, shape), frame in zip(shapes, frames, strict=True):
-        said = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        said = math.prod(shape) * dtype.itemsize
         if len(frame.buffer) != said:
             raise InputError(f"a tensor of {len(frame.buffer)} bytes", allowed=f"{said} for {dtype} {list(shape)}")
         arrays.append(np.frombuffer(frame.buffer, dtype=dtype).reshape(shape))

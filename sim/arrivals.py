@@ -7,6 +7,7 @@ one per source: with a hundred thousand sources in it every other event would pa
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -27,8 +28,8 @@ Home = TypeVar("Home")
 class Arrivals(Armed, Generic[Home]):
     """Armed for the next request. `arrive` is told home, request and time; `exhausted`, the time of the last one."""
 
-    __slots__ = ("_arrive", "_clock", "_end_s", "_exhausted", "_left", "_next", "_next_s", "_order", "_requests",
-                 "_sources", "_this", "_waiting", "_which", "_width_s")  # fmt: skip
+    __slots__ = ("_arrive", "_clock", "_end_s", "_exhausted", "_homes", "_later", "_next", "_next_s", "_requests",
+                 "_rest", "_this", "_waiting", "_width_s", "_window")  # fmt: skip
 
     def __init__(
         self,
@@ -38,63 +39,75 @@ class Arrivals(Armed, Generic[Home]):
         exhausted: Callable[[float], None],
     ) -> None:
         self._clock, self._arrive, self._exhausted, self._this = clock, arrive, exhausted, (self._happen,)
-        self._sources = sources
-        self._waiting = [next(requests, None) for _, requests in sources]  # the next one of each
+        self._homes, self._rest = [home for home, _ in sources], [requests for _, requests in sources]
+        self._waiting = [next(requests, None) for requests in self._rest]  # the next one of each
         self._next_s = np.array([math.inf if it is None else it.arrival_s for it in self._waiting], dtype=float)
         # A first arrival is about one interval from the start; windows adapt to what they hold.
         first_s = self._next_s[self._next_s < math.inf]
         self._width_s = float(first_s.mean()) if len(first_s) else 0.0
         self._end_s = 0.0
-        self._requests: list[Request] = []  # what was taken, and of which source
-        self._which: list[int] = []
-        self._order: list[int] = []  # those of this window, in order
-        self._left: list[int] = []  # those that are later
-        self._next = 0
+        self._requests: list[Request] = []  # what was taken
+        self._later: list[tuple[float, int, Request]] = []  # what of it comes after this window, and of which source
+        # The rest of this window in order: when, of which source, and the place among the requests. Arrays read from
+        # the front are in the processor's caches; a request is not, so it is left alone until it is its time.
+        self._window: Iterator[tuple[float, int, int]] = iter(())
+        self._next = 0, 0
 
     def begin(self) -> None:
         self._await(0.0)
 
     def _happen(self, _: Arrivals[Home]) -> None:
-        now, this = self.at_s, self._order[self._next]
-        self._next += 1
-        home, request = self._sources[self._which[this]][0], self._requests[this]
+        now, (source, this) = self.at_s, self._next
+        request = self._requests[this]
         self._await(now)
-        self._arrive(home, request, now)
+        self._arrive(self._homes[source], request, now)
 
     def _await(self, now: float) -> None:
-        if self._next == len(self._order) and not self._fill():
-            self._exhausted(now)
-            return
-        self._clock.arm(self, self._requests[self._order[self._next]].arrival_s, self._this)
+        found = next(self._window, None)
+        if found is None:
+            if not self._fill():
+                self._exhausted(now)
+                return
+            found = next(self._window)
+        at_s, source, this = found
+        self._next = source, this
+        self._clock.arm(self, at_s, self._this)
 
     def _fill(self) -> bool:
         """Take the requests of the next window, in which there is one at least; False when no source has any."""
-        requests, which = [self._requests[i] for i in self._left], [self._which[i] for i in self._left]
-        waiting, next_s = self._waiting, self._next_s
-        first_s = float(next_s.min(initial=requests[0].arrival_s if requests else math.inf))
+        times_s, which = array("d"), array("q")
+        requests: list[Request] = []
+        for at_s, source, request in self._later:
+            times_s.append(at_s)
+            which.append(source)
+            requests.append(request)
+        next_s, waiting = self._next_s, self._waiting
+        first_s = float(next_s.min(initial=times_s[0] if requests else math.inf))
         if first_s == math.inf:
             return False
         begin_s = self._end_s if first_s <= self._end_s + self._width_s else first_s
         end_s = max(begin_s + self._width_s, math.nextafter(first_s, math.inf))
         for source in np.flatnonzero(next_s < end_s).tolist():
-            _, rest = self._sources[source]
-            request, taken = waiting[source], 0
-            while request is not None and request.arrival_s < end_s:
-                if taken >= MOST and request.arrival_s > requests[-1].arrival_s:
-                    end_s = request.arrival_s
+            rest = self._rest[source]
+            following, taken = waiting[source], 0
+            while following is not None and (at_s := following.arrival_s) < end_s:
+                if taken >= MOST and at_s > times_s[-1]:
+                    end_s = at_s
                     break
-                requests.append(request)
+                times_s.append(at_s)
                 which.append(source)
+                requests.append(following)
                 taken += 1
-                request = next(rest, None)
-            waiting[source] = request
-            next_s[source] = math.inf if request is None else request.arrival_s
-        times_s = np.array([request.arrival_s for request in requests])
-        order = np.lexsort((np.array(which), times_s))  # of those that are of the same time, in order of the sources
-        inside = int(np.searchsorted(times_s[order], end_s))
-        self._requests, self._which, self._next = requests, which, 0
-        self._order, self._left = order[:inside].tolist(), order[inside:].tolist()
-        self._end_s = end_s
+                following = next(rest, None)
+            waiting[source] = following
+            next_s[source] = math.inf if following is None else following.arrival_s
+        when, of = np.asarray(times_s), np.asarray(which)
+        order = np.lexsort((of, when))  # of those that are of the same time, in order of the sources
+        inside = int(np.searchsorted(when[order], end_s))
+        this = order[:inside]
+        self._window = zip(when[this].data, of[this].data, this.data, strict=True)
+        self._later = [(times_s[i], which[i], requests[i]) for i in order[inside:].tolist()]
+        self._requests, self._end_s = requests, end_s
         wanted = max(PER_SOURCE * int(np.count_nonzero(next_s < math.inf)), MOST)
         self._width_s = (end_s - begin_s) * min(max(wanted / inside, 0.25), 4.0)
         return True

@@ -11,13 +11,16 @@ from collections.abc import Callable
 from isthmus.policies.records import Kind
 from isthmus.sim.clock import Callbacks
 from isthmus.sim.link import Carrier, LinkTotals
+from isthmus.sim.node import Place
 from isthmus.sim.token import Token
 
 
 class CellLink:
     """`make` makes the link that carries. It carries nothing while it is not `up`; whoever sends has to look."""
 
-    __slots__ = ("_arrived", "_inner", "_riders", "place", "up")
+    __slots__ = ("_arrived", "_inner", "_riders", "ends", "place", "up")
+
+    ends: tuple[Place, Place]
 
     def __init__(self, make: Callable[[Callbacks], Carrier], arrived: Callbacks) -> None:
         self._inner = make((self._over,))
@@ -28,7 +31,7 @@ class CellLink:
     def carry(self, token: Token, now_s: float) -> float | None:
         """A message enters; the time at which its last byte leaves, if that is known and nothing comes between."""
         self._riders[token] = None
-        token.life = token.leg.nodes[token.hop].life
+        token.life = self.ends[0].life
         return self._inner.carry(token, now_s)
 
     def lose(self, token: Token) -> None:
@@ -51,7 +54,7 @@ class CellLink:
             token.callbacks = ()  # it is in the heap, and nobody will be there
             self._take_back(token, now_s)
             fork = token.fork()
-            fork.leg, fork.hop, fork.life = token.leg, token.hop, token.life
+            fork.leg, fork.way, fork.hop, fork.life = token.leg, token.way, token.hop, token.life
             again.append(fork)
         self._riders.clear()
         return again

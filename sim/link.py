@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from isthmus.policies.records import Kind, Span
 from isthmus.sim.clock import Callbacks, Clock
+from isthmus.sim.node import Place
 from isthmus.sim.token import Token
 from isthmus.workloads.links import Link
 
@@ -43,6 +44,8 @@ class Carrier(Protocol):
 
     place: str
     """As spans name it: `a>b`."""
+    ends: tuple[Place, Place]
+    """The nodes that it leads from and to."""
 
     def carry(self, token: Token, now_s: float) -> float | None:
         """A message enters. When its last byte leaves; None where that depends on what else comes."""
@@ -62,17 +65,21 @@ class FifoLink:
     __slots__ = (
         "_arrived",
         "_busy_s",
-        "_bytes",
         "_constant",
         "_free_s",
         "_latency_s",
         "_messages",
+        "_more_bytes",
         "_push",
         "_rate",
+        "_size",
         "_tick",
         "_waited_s",
+        "ends",
         "place",
     )
+
+    ends: tuple[Place, Place]
 
     def __init__(self, clock: Clock, link: Link, arrived: Callbacks) -> None:
         self._push, self._tick, self._arrived = clock.push, clock.tick, arrived
@@ -80,7 +87,7 @@ class FifoLink:
         # A constant rate is above 0, unless the link is cut from the beginning and for ever.
         self._constant = (link.rate.mean_bytes_per_s or None) if link.rate.is_constant else None
         self._free_s = self._busy_s = self._waited_s = 0.0
-        self._messages = self._bytes = 0
+        self._messages = self._size = self._more_bytes = 0
         self.place = f"{link.id[0]}>{link.id[1]}"
 
     def carry(self, token: Token, now_s: float) -> float:
@@ -101,7 +108,8 @@ class FifoLink:
             if left_s < INFINITY:
                 self._busy_s += left_s - start_s
         self._messages += 1
-        self._bytes += size
+        if size != self._size:
+            self._differs(size)
         self._free_s = left_s
         arrived_s = left_s + self._latency_s
         spans = token.spans
@@ -115,6 +123,17 @@ class FifoLink:
         if arrived_s < INFINITY:
             self._push((arrived_s, 1, self._tick(), token))
         return left_s
+
+    def _differs(self, size: int) -> None:
+        """A message is not as large as the others: the first one, or one of another plan or stage."""
+        if self._messages == 1:
+            self._size = size
+        else:
+            self._more_bytes += size - self._size
+
+    @property
+    def _bytes(self) -> int:
+        return self._messages * self._size + self._more_bytes
 
     def lose(self, token: Token) -> None:
         token.callbacks = ()

@@ -18,6 +18,7 @@ from typing import Protocol
 from isthmus.policies.records import Span
 from isthmus.sim.clock import Callbacks, Clock
 from isthmus.sim.link import INFINITY, SEND, WAIT, Carrier, FifoLink, LinkTotals
+from isthmus.sim.node import Place
 from isthmus.sim.sharing import Flow, Sharing
 from isthmus.sim.token import Token
 from isthmus.workloads.links import Link
@@ -88,6 +89,8 @@ def _radio(link: Link, testbed: Testbed, batteries: Mapping[str, Battery]) -> Ra
 class _TcpLink:
     """What both have in common: who lost what, when a message that has left arrives, and what they have done."""
 
+    ends: tuple[Place, Place]
+
     def __init__(
         self, clock: Clock, link: Link, rtt_s: float, seed: int, arrived: Callbacks, radio: Radio | None
     ) -> None:
@@ -131,7 +134,7 @@ class _TcpLink:
 
 def _passage(token: Token) -> Passage:
     request, leg = token.start.request, token.leg
-    return Passage(request.source, request.number, token.start.attempt, leg.nth[token.hop])
+    return Passage(request.source, request.number, token.start.attempt, leg.nth[token.hop - leg.load])
 
 
 class TcpFifoLink(_TcpLink):

@@ -150,6 +150,8 @@ class _Simulation:
             else make(link, self._arrived_at)
             for i, link in world.links.items()
         }
+        for (a, b), carrier in self.links.items():
+            carrier.ends = self.nodes[a], self.nodes[b]
         self._mortal = any(isinstance(f, NodeFault) for f in faults) or bool(batteries)
         self._cut = NONE_DOWN  # links that a fault holds up
         self._away = dict.fromkeys(moving, NONE_DOWN)  # links to cells that do not serve a node
@@ -168,7 +170,8 @@ class _Simulation:
         for source, policy in policies.items():
             dispatcher = Dispatcher(source, policy, testbed, compiler, name=name, watch=watch)
             decide_s = 0.0 if is_oracle(policy) else testbed.overheads.decide_s.get(name, 0.0)
-            decide_s *= testbed.nodes[source].slowdown
+            if (slowdown := testbed.nodes[source].slowdown) != 1:  # else one number for all
+                decide_s *= slowdown
             asked = requests.get(source, ())
             loop = asked if isinstance(asked, ClosedLoop) else None
             home = self.homes[source] = Home(dispatcher, self.nodes[source], loop, decide_s, spans)
@@ -361,9 +364,10 @@ class _Simulation:
         Around faults if it can, else over what is cut, to stand still there: only cells that do not serve are no way.
         """
         leg, hop = token.leg, token.hop
-        if token.life != leg.nodes[hop].life:
+        sender, receiver = token.way[hop].ends[0], token.way[leg.end - 1].ends[1]
+        if token.life != sender.life:
             return  # the node went meanwhile
-        here, there = leg.nodes[hop].name, leg.nodes[-1].name
+        here, there = sender.name, receiver.name
         away = self._away.get(here, NONE_DOWN) | self._away.get(there, NONE_DOWN)
         for down in (self._cut | away, away):
             path = self.testbed.routes.find(here, there, down)
@@ -374,11 +378,12 @@ class _Simulation:
             self._stranded.append((token, since_s))
             return
         # The source knows the loads of its plan; of those of another way it only knows that the message left.
-        tells, nth = (leg.tells[hop] and hop == 0, *(False for _ in links[1:])), (leg.nth[hop],) * len(links)
-        nodes, carriers = tuple(self.nodes[name] for name in path), tuple(self.links[link] for link in links)
-        token.leg, token.hop = replace(leg, nodes=nodes, links=carriers, tells=tells, nth=nth), 0
+        first, nth = leg.load, leg.nth[hop - leg.load]
+        tells = (leg.tells[0] and hop == first, *(False for _ in links[1:]))
+        token.leg = replace(leg, end=first + len(links), tells=tells, nth=(nth,) * len(links))
+        token.way, token.hop = token.way[:first] + tuple(self.links[link] for link in links), first
         if now > since_s and token.spans is not None:
-            span = Span(WAIT, carriers[0].place, since_s, now, token.start.attempt, leg.source)
+            span = Span(WAIT, token.way[first].place, since_s, now, token.start.attempt, leg.source)
             token.spans.append(span)
         self._enter(token, now)
 
@@ -410,33 +415,35 @@ class _Simulation:
             for leg in legs[:-1]:
                 self._send(token.fork(), (leg,), now)
         leg = token.leg = legs[-1]
-        token.hop = 0
-        if not leg.links:
+        way, hop = token.wired.links, leg.load
+        token.way, token.hop = way, hop
+        if hop == leg.end:
             self._received(token, now)
         elif leg.encode_s > 0:
-            self._took(token, Kind.ENCODE, leg.nodes[0], now, now + leg.encode_s, leg.source)
+            self._took(token, Kind.ENCODE, way[hop].ends[0], now, now + leg.encode_s, leg.source)
             self.clock.arm(token, now + leg.encode_s, (self._encoded,))
         else:
             self._enter(token, now)
 
     def _encoded(self, token: Token) -> None:
-        if token.life == token.leg.nodes[0].life:
+        if token.life == token.way[token.hop].ends[0].life:
             self._enter(token, token.at_s)
 
     def _enter(self, token: Token, now: float) -> None:
         """The next link. A node that is up knows where others have moved to."""
-        leg, hop = token.leg, token.hop
-        if self._away and any(isinstance(link, CellLink) and not link.up for link in leg.links[hop:]):
-            token.life = leg.nodes[hop].life
+        link = token.way[token.hop]
+        if self._away and any(isinstance(it, CellLink) and not it.up for it in token.way[token.hop : token.leg.end]):
+            token.life = link.ends[0].life
             self._reroute(token, now, now)
             return
-        left_s = leg.links[hop].carry(token, now)
+        left_s = link.carry(token, now)
         if self._mortal:
-            token.ends = leg.nodes[hop].life, leg.nodes[hop + 1].life
+            sender, receiver = link.ends
+            token.ends = sender.life, receiver.life
             token.left_s = math.inf if left_s is None else left_s
         if self._losses is not None:
-            start, link = token.start, leg.links[hop]
-            if self._losses.takes(link.place, start.request, start.attempt, leg.load, now):
+            start = token.start
+            if self._losses.takes(link.place, start.request, start.attempt, token.leg.load, now):
                 link.lose(token)
         if left_s is not None and token.home.estimates:
             self._tell_sent(token, left_s)
@@ -449,8 +456,8 @@ class _Simulation:
 
     def _tell_sent(self, token: Token, at_s: float) -> None:
         leg, hop, start = token.leg, token.hop, token.start
-        if leg.tells[hop]:
-            token.home.dispatcher.sent(start.request.number, start.attempt, leg.load + hop, at_s)
+        if leg.tells[hop - leg.load]:
+            token.home.dispatcher.sent(start.request.number, start.attempt, hop, at_s)
 
     def _arrived(self, token: Token) -> None:
         """At the far end of a link. A node that is down neither receives nor forwards."""
@@ -461,22 +468,22 @@ class _Simulation:
             home, start = token.home, token.start
             said = home.dispatcher.lost(start.request.number, start.attempt, "a node on its way went down", now)
             self._carry_out(home, said, now)
-        elif hop < len(leg.links):
+        elif hop < leg.end:
             self._enter(token, now)
         elif leg.decode_s > 0:
-            self._took(token, Kind.DECODE, leg.nodes[hop], now, now + leg.decode_s, leg.source)
+            self._took(token, Kind.DECODE, token.way[hop - 1].ends[1], now, now + leg.decode_s, leg.source)
             self.clock.arm(token, now + leg.decode_s, self._received_at)
         else:
             self._received(token, now)
 
     def _broke_off(self, token: Token) -> bool:
         """Whether the receiver went while a message was on its link, or the sender before it had left."""
-        sender, receiver = token.leg.nodes[token.hop - 1 : token.hop + 1]
+        sender, receiver = token.way[token.hop - 1].ends
         sent, received = token.ends
         return receiver.life != received or (sender.life != sent and sender.went_s < token.left_s)
 
     def _decoded(self, token: Token) -> None:
-        if token.life == token.leg.nodes[-1].life:
+        if token.life == token.way[token.hop - 1].ends[1].life:
             self._received(token, token.at_s)
 
     def _received(self, token: Token, now: float) -> None:
@@ -503,7 +510,7 @@ class _Simulation:
         elif step.constant_s is not None:
             seconds = step.constant_s
         else:
-            seconds = step.service.draw_s(step.part, step.noise, start.request.number)
+            seconds = step.service.draw_s(step.part, token.wired.noise[stage], start.request.number)
         step.node.submit(token, seconds, now)
 
     def _computed(self, token: Token) -> None:

@@ -13,6 +13,7 @@ from isthmus.policies.records import Span
 from isthmus.sim.clock import Armed
 
 if TYPE_CHECKING:
+    from isthmus.sim.link import Carrier
     from isthmus.sim.simulator import Home
     from isthmus.sim.wiring import Leg, Wired
 
@@ -34,10 +35,13 @@ class Token(Armed):
         "ready_s",
         "spans",
         "start",
+        "way",
         "wired",
     )  # fmt: skip
 
     leg: Leg
+    way: tuple[Carrier, ...]
+    """The links of its plan; it is on that numbered `hop`, or was last, or is next."""
     hop: int
     ready_s: float
     begun_s: float

@@ -18,26 +18,25 @@ from isthmus.workloads.service import Service
 from isthmus.workloads.testbed import Testbed
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Leg:
-    """A message: `nodes` and `links` of its path, and whether its source node sends on each link.
+    """A message, but for the links that it takes: those of its plan from place `load` on, and before `end`.
 
-    `nth` is the how-manieth of its plan's messages it is on each link.
+    `tells` is whether its source node sends on each link, and `nth` the how-manieth of its plan's messages it is there.
     """
 
     source: int
     target: int
     bytes: int
-    nodes: tuple[Place, ...]
-    links: tuple[Carrier, ...]
-    tells: tuple[bool, ...]
-    nth: tuple[int, ...]
     load: int
+    end: int
     encode_s: float
     decode_s: float
+    tells: tuple[bool, ...]
+    nth: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Step:
     """A stage: its node, how long it takes, and what it sends. `constant_s` where the service does not vary."""
 
@@ -46,7 +45,6 @@ class Step:
     constant_s: float | None
     service: Service
     part: Part
-    noise: Uniforms
     sends: tuple[Leg, ...]
 
 
@@ -54,13 +52,19 @@ class Step:
 class Wired:
     """A plan: its steps, what the request itself sends, and how many messages each stage waits for.
 
-    `needs` is None where each waits for one: then nobody has to count.
+    `needs` is None where each waits for one: then nobody has to count. `links` are those of all legs, one after the
+    other. `noise` is by stage, and empty where no service varies. What is not of these two, a group shares.
     """
 
     compiled: Compiled
     steps: tuple[Step, ...]
     first: tuple[Leg, ...]
     needs: tuple[int, ...] | None
+    links: tuple[Carrier, ...]
+    noise: tuple[Uniforms, ...]
+
+
+Shape = tuple[tuple[Step, ...], tuple[Leg, ...], tuple[int, ...] | None]
 
 
 class Wiring:
@@ -71,6 +75,7 @@ class Wiring:
     ) -> None:
         self._testbed, self._nodes, self._links, self._seed = testbed, nodes, links, seed
         self._wired: dict[Compiled, Wired] = {}
+        self._shapes: dict[Shape, Shape] = {}  # one of all that are equal
 
     def __call__(self, compiled: Compiled) -> Wired:
         wired = self._wired.get(compiled)
@@ -79,25 +84,29 @@ class Wiring:
         return wired
 
     def _wire(self, compiled: Compiled) -> Wired:
-        steps = tuple(self._step(compiled, stage) for stage in range(len(compiled.plan.stages)))
+        legs = [self._leg(compiled, message) for message in compiled.messages]
+        steps = tuple([self._step(compiled, stage, legs) for stage in range(len(compiled.plan.stages))])
+        first = tuple([leg for leg in legs if leg.source == -1])
         needs = None if set(compiled.needs) == {1} else compiled.needs
-        return Wired(compiled, steps, self._legs(compiled, compiled.sends[-1]), needs)
+        shape = steps, first, needs
+        steps, first, needs = self._shapes.setdefault(shape, shape)
+        links = tuple([self._links[link] for link, _ in compiled.loads])
+        noise: tuple[Uniforms, ...] = ()
+        if any(step.constant_s is None for step in steps):
+            noise = tuple([Uniforms(self._seed, "service", step.node.name, compiled.source) for step in steps])
+        return Wired(compiled, steps, first, needs, links, noise)
 
-    def _step(self, compiled: Compiled, stage: int) -> Step:
-        where, source, model = compiled.plan.stages[stage], compiled.source, compiled.model.name
+    def _step(self, compiled: Compiled, stage: int, legs: Sequence[Leg]) -> Step:
+        where, model = compiled.plan.stages[stage], compiled.model.name
         service = self._testbed.service(where.node, model)
         return Step(
             self._nodes[where.node],
-            where.node == source,
+            where.node == compiled.source,
             None if service.varies else service.mean_s(where.part),
             service,
             where.part,
-            Uniforms(self._seed, "service", where.node, source),
-            self._legs(compiled, compiled.sends[stage]),
+            tuple([leg for leg in legs if leg.source == stage]),
         )
-
-    def _legs(self, compiled: Compiled, messages: Sequence[Message]) -> tuple[Leg, ...]:
-        return tuple(self._leg(compiled, message) for message in messages)
 
     def _leg(self, compiled: Compiled, message: Message) -> Leg:
         overheads, path = self._testbed.overheads, message.path
@@ -113,11 +122,10 @@ class Wiring:
             message.source,
             message.target,
             message.wire_bytes,
-            tuple(self._nodes[node] for node in path),
-            tuple(self._links[link] for link in message.links),
-            tuple(node == compiled.source for node in path[:-1]),
-            tuple(before.count(link) for link in message.links),
             message.load,
+            message.load + len(path) - 1,
             code(overheads.encode_s, path[0]),
             code(overheads.decode_s, path[-1]),
+            tuple([node == compiled.source for node in path[:-1]]),
+            tuple([before.count(link) for link in message.links]),
         )

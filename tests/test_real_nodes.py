@@ -28,6 +28,7 @@ from isthmus.real.slots import HostSlots, Job
 from isthmus.real.timeline import Clock
 from isthmus.real.together import run_together
 from isthmus.sim.replay import replay
+from isthmus.workloads.backend import DEFAULT
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.memory import Memory
 from isthmus.workloads.model import Model, model_proto
@@ -179,7 +180,7 @@ def test_sessions_that_have_to_go_are_gone_and_the_budget_holds(chain, synthetic
     model = synthetic().models["chain"]
     parts = [model.tail(cut) for cut in (0, 1, 2, 3)]
     budget = model.memory_bytes(parts[0]) + model.memory_bytes(parts[1])
-    residents = Residents({"chain": model}, filed=True)
+    residents = Residents({"chain": model}, DEFAULT, filed=True)
     residents.prepare((part, 1) for part in parts[:3])
     assert residents.resident == ()
     alive: weakref.WeakSet[PartSession] = weakref.WeakSet()
@@ -209,7 +210,7 @@ def test_sessions_that_have_to_go_are_gone_and_the_budget_holds(chain, synthetic
             ended.append((number, right))
 
         request = Request(number, "device", "chain", 0.0)
-        slots.submit(Job(part, feeds[part], request, 1, 0, 0.0, float, end, pytest.fail))
+        slots.submit(Job(part, feeds[part], request, 1, 0, 0.0, float, end, pytest.fail, errors.append))
     deadline = time.monotonic() + 30
     while len(ended) < 80 and time.monotonic() < deadline and not errors:
         time.sleep(0.01)

@@ -17,17 +17,27 @@ from isthmus.workloads.errors import unknown
 from isthmus.workloads.model import Tensor
 
 Array = npt.NDArray[np.generic]
+Wire = tuple[np.dtype[np.generic], tuple[int, ...]]
+"""Type and shape of an array on the wire."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """`bytes_per_value` of None keeps the tensor as it is. Codecs that change values leave integer tensors alone."""
+    """`dtype` is that of values on the wire; None keeps the tensor as it is.
+
+    Codecs that change values leave integer tensors alone. A header is of float32.
+    """
 
     name: str
-    bytes_per_value: int | None
+    dtype: str | None
     header_bytes: int
     pack: Callable[[Array], tuple[Array, ...]]
     unpack: Callable[[tuple[Array, ...], np.dtype[np.generic]], Array]
+
+    @property
+    def bytes_per_value(self) -> int | None:
+        """None where the tensor stays as it is."""
+        return None if self.dtype is None else np.dtype(self.dtype).itemsize
 
     @property
     def arrays(self) -> int:
@@ -39,6 +49,13 @@ class Codec:
         if is_float(values.dtype.name):
             return self.pack(values)
         return (values, np.empty(0, np.float32))[: self.arrays]
+
+    def wire(self, tensor: Tensor) -> tuple[Wire, ...]:
+        """What `encode` makes of a tensor."""
+        codes = is_float(tensor.dtype)
+        values = np.dtype(self.dtype if codes and self.dtype else tensor.dtype), tensor.shape
+        header = np.dtype(np.float32), (self.header_bytes // 4 if codes else 0,)
+        return (values, header)[: self.arrays]
 
     def decode(self, parts: tuple[Array, ...], dtype: np.dtype[np.generic]) -> Array:
         """The tensor, of the dtype that it had."""
@@ -75,8 +92,8 @@ CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         Codec("fp32", None, 0, lambda x: (x,), lambda parts, dtype: parts[0]),
-        Codec("fp16", 2, 0, lambda x: (x.astype(np.float16),), lambda parts, dtype: parts[0].astype(dtype)),
-        Codec("int8", 1, 8, _encode_int8, _decode_int8),
+        Codec("fp16", "float16", 0, lambda x: (x.astype(np.float16),), lambda parts, dtype: parts[0].astype(dtype)),
+        Codec("int8", "int8", 8, _encode_int8, _decode_int8),
     )
 }
 

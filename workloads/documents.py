@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 from contextlib import suppress
@@ -14,6 +16,8 @@ from pydantic import BaseModel, ValidationError
 from isthmus.workloads.errors import InputError, RunFailure, unknown
 
 Document = TypeVar("Document", bound=BaseModel)
+_MOST_EXPANDED = 20
+"""How much an alias may save, as parts of a file that are named again are checked anew each time."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,12 +45,37 @@ def read_text(path: str | Path) -> str:
 def read_yaml(path: str | Path) -> Any:
     """A YAML file (safe loader). InputError with line and column when it is not YAML."""
     try:
-        return yaml.load(read_text(path), _Loader)
+        text = read_text(path)
+        data = yaml.load(text, _Loader)
+        if "*" in text and _size(data, {}) > _MOST_EXPANDED * (len(text) + 100):
+            raise yaml.YAMLError("its aliases stand for too much")
+        return data
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise InputError(f"not YAML: {problem}", where=place) from None
+
+
+def _size(data: Any, known: dict[int, float]) -> float:
+    """How much is there, with everything counted as often as it is named; infinite if something is in itself."""
+    if not isinstance(data, dict | list):
+        return 1.0
+    if id(data) not in known:
+        known[id(data)] = math.inf
+        inside = (*data, *data.values()) if isinstance(data, dict) else data
+        known[id(data)] = 1.0 + sum(_size(value, known) for value in inside)
+    return known[id(data)]
+
+
+def read_json(path: str | Path) -> Any:
+    """A JSON file. InputError with the line when it is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"is not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise InputError(f"is not JSON: {error}", where=path) from None
 
 
 def parse(kind: type[Document], data: Any, *, where: object) -> Document:
@@ -61,6 +90,8 @@ def parse(kind: type[Document], data: Any, *, where: object) -> Document:
         return kind.model_validate(data)
     except ValidationError as error:
         raise InputError(_first(error, kind, data), where=where) from None
+    except OverflowError as error:  # pydantic takes whole numbers of any size for a float
+        raise InputError(f"a number is out of range: {error}", where=where) from None
 
 
 def _first(error: ValidationError, kind: type[BaseModel], data: Any) -> str:
@@ -94,7 +125,10 @@ def _problem(error: Any, kind: type[BaseModel]) -> str:
         "list_type": "is not a list",
         "too_short": f"needs at least {context.get('min_length')}",
     }.get(what, error["msg"])
-    shown = repr(error["input"])
+    try:
+        shown = repr(error["input"])
+    except ValueError:  # a whole number of thousands of digits
+        shown = "a number that is too long"
     return f"{said}, got {shown if len(shown) < 80 else shown[:77] + '...'}"
 
 

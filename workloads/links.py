@@ -246,12 +246,12 @@ class Link:
 
     @property
     def is_plain(self) -> bool:
-        return not self.features
+        return all(getattr(self, name) == plain for name, plain in _PLAIN.items())
 
     @property
     def features(self) -> list[str]:
         """What it has beyond a rate and a latency, by the names of the testbed file."""
-        more = [f.name for f in fields(self) if f.default is not MISSING and getattr(self, f.name) != f.default]
+        more = [name for name, plain in _PLAIN.items() if getattr(self, name) != plain]
         # A medium says more than that its links are fair.
         return [name.removesuffix("_bytes") for name in more if name != "discipline" or self.medium is None]
 
@@ -260,3 +260,6 @@ class Link:
         """The rate of a message that is alone; of its own and its medium's, the one that is smaller on average."""
         rates = [self.rate] if self.medium is None else [self.rate, self.medium.rate]
         return min(rates, key=lambda rate: rate.mean_bytes_per_s)
+
+
+_PLAIN = {field.name: field.default for field in fields(Link) if field.default is not MISSING}

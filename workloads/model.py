@@ -293,7 +293,8 @@ def model_proto(model: Model, batch: int = 1) -> onnx.ModelProto:
     if sha256 != model.sha256:
         problem = f"has changed since model {model.name} was loaded (sha256 {sha256[:12]}, was {model.sha256[:12]})"
         raise InputError(problem, where=model.source)
-    proto = onnx_file.normalise(proto, model.source, batch)
+    with onnx_file.well_formed(model.source):
+        proto = onnx_file.normalise(proto, model.source, batch)
     if [node.name for node in proto.graph.node] != [layer.name for layer in model.layers]:
         raise InputError(f"has other layers at a batch of {batch} than at 1", where=model.source)
     return proto
@@ -325,28 +326,29 @@ def _load(where: Path | str, stamp: int, seed: int) -> Model:
         proto, sha256 = onnx_file.read(where)
     else:
         proto, sha256 = zoo.build(where, None), zoo.sha256(where, seed)
-    graph = onnx_file.normalise(proto, where).graph
-    tensors = {v.name: tensor_of(v) for group in (graph.input, graph.value_info, graph.output) for v in group}
-    parameters = {t.name: t for t in graph.initializer}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    shapes |= {name: tuple(t.dims) for name, t in parameters.items()}
-    layers = []
-    for index, node in enumerate(graph.node):
-        read = onnx_file.uses(node)
-        outputs = tuple(name for name in node.output if name in tensors)
-        inputs = [shapes.get(n, ()) for n in node.input]
-        layers.append(
-            Layer(
-                index=index,
-                name=node.name,
-                op=node.op_type,
-                inputs=tuple(n for n in read if n in tensors),
-                outputs=outputs,
-                flop=node_flop(node, inputs, shapes[outputs[0]]),
-                parameter_bytes=sum(_parameter_bytes(parameters[n]) for n in read if n in parameters),
-                activation_bytes=sum(tensors[n].bytes for n in outputs),
+    with onnx_file.well_formed(where):
+        graph = onnx_file.normalise(proto, where).graph
+        tensors = {v.name: tensor_of(v) for group in (graph.input, graph.value_info, graph.output) for v in group}
+        parameters = {t.name: t for t in graph.initializer}
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        shapes |= {name: tuple(t.dims) for name, t in parameters.items()}
+        layers = []
+        for index, node in enumerate(graph.node):
+            read = onnx_file.uses(node)
+            outputs = tuple(name for name in node.output if name in tensors)
+            inputs = [shapes.get(n, ()) for n in node.input]
+            layers.append(
+                Layer(
+                    index=index,
+                    name=node.name,
+                    op=node.op_type,
+                    inputs=tuple(n for n in read if n in tensors),
+                    outputs=outputs,
+                    flop=node_flop(node, inputs, shapes[outputs[0]]),
+                    parameter_bytes=sum(_parameter_bytes(parameters[n]) for n in read if n in parameters),
+                    activation_bytes=sum(tensors[n].bytes for n in outputs),
+                )
             )
-        )
     inputs_first = [v.name for v in graph.input] + [name for layer in layers for name in layer.outputs]
     return Model(
         name=where.stem if isinstance(where, Path) else where,

@@ -16,13 +16,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from isthmus.workloads.backend import DEFAULT, BackendSpec
 from isthmus.workloads.cluster import HostName
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.mobility import Mobility, Position, Positions, RandomWaypoint, Waypoints
 from isthmus.workloads.model import Model, Part
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.service import SyntheticSpec
-from isthmus.workloads.units import Bytes, Joules, Seconds, Watt, parse_time
+from isthmus.workloads.units import Bytes, Joules, Seconds, Watt, as_float, parse_time
 
 Discipline = Literal["fifo", "edf", "priority", "ps"]
 
@@ -42,7 +43,7 @@ def _speed(value: Any) -> Any:
         if isinstance(speed, bool) or not isinstance(speed, int | float):
             raise ValueError(f"the speed {speed!r} is not a number (allowed: 1 is the node's usual speed, 0.5 half)")
         try:
-            pairs.append((parse_time(time), float(speed)))
+            pairs.append((parse_time(time), as_float(speed)))
         except InputError as error:
             raise ValueError(str(error)) from None
     return tuple(pairs)
@@ -138,7 +139,7 @@ class NodeSpec(_Spec):
     With `count` it is a group of alike: `cam` with a count of 3 is `cam-0`, `cam-1` and `cam-2`.
     """
 
-    count: int | None = Field(default=None, ge=1, description="a group of so many: NAME-0, NAME-1, …")
+    count: int | None = Field(default=None, ge=1, le=1_000_000, description="a group of so many: NAME-0, NAME-1, …")
     serves: bool | None = Field(
         default=None, description="whether policies may offload to it; by default all that are not in a group"
     )
@@ -152,7 +153,10 @@ class NodeSpec(_Spec):
     )
     slowdown: float = Field(default=1.0, gt=0, description="how many times slower than that machine")
     service: SyntheticSpec | None = None
-    slots: int = Field(default=1, ge=1, description="requests that it computes at the same time")
+    backend: BackendSpec = Field(
+        default=DEFAULT, description="what runs its parts in a real run, as `isthmus backends` lists it"
+    )
+    slots: int = Field(default=1, ge=1, le=1_000_000, description="requests that it computes at the same time")
     discipline: Discipline = Field(
         default="fifo",
         description="who is served next: first come, earliest deadline, highest priority; ps: all at once, shared",
@@ -247,7 +251,7 @@ class NodeSpec(_Spec):
             Node(
                 name, serves, self.slots, self.power, self.price, self.slowdown, self.position, path,
                 self.discipline, self.room, self.batch, self.memory, self.relative_speed, self.battery, self.scale,
-                self.host, self.is_physical,
+                self.host, self.is_physical, self.backend,
             )
             for name, path in zip(names, paths, strict=True)
         ]  # fmt: skip
@@ -277,6 +281,7 @@ class Node:
     """The machine of the cluster that it is, or is emulated on; None for whatever machine the run is started on."""
     physical: bool = False
     """Whether it takes the time that its host takes."""
+    backend: BackendSpec = DEFAULT
 
     @property
     def special(self) -> list[str]:

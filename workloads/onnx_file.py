@@ -10,7 +10,9 @@ unique name, and finds its inputs before it; no initializer is also an input.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ _NEVER_FOLDED = frozenset((
     "DequantizeLinear", "QuantizeLinear",
 ))
 # fmt: on
+_NOT_LARGER = frozenset(("Compress", "Constant", "Identity", "NonZero", "Unique"))  # than what they are made from
+_MOST_FOLDED_BYTES = 2**28
+_MOST_NODES = 1_000_000
 _SMALL = 1024  # elements: constants up to this size may be shapes, and shape inference has to see their values
 
 
@@ -51,7 +56,7 @@ def read(path: Path) -> tuple[onnx.ModelProto, str]:
     digest = hashlib.sha256(content)
     try:
         for location in sorted(_external_files(proto)):
-            with (path.parent / location).open("rb") as file:
+            with beside(path, location).open("rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
         external_data_helper.load_external_data_for_model(proto, str(path.parent))
@@ -60,9 +65,29 @@ def read(path: Path) -> tuple[onnx.ModelProto, str]:
     return proto, digest.hexdigest()
 
 
+@contextmanager
+def well_formed(where: object) -> Iterator[None]:
+    """What the library makes of a graph that is not: InputError."""
+    try:
+        yield
+    except (onnx.shape_inference.InferenceError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"is malformed: {said[:200]}", where=where) from error
+
+
 def external_files(path: Path) -> list[str]:
     """The names of the files beside an ONNX file that hold its weights, if any."""
     return sorted(_external_files(onnx.load(str(path), load_external_data=False)))
+
+
+def beside(path: Path, location: str) -> Path:
+    """A file that an ONNX file names. InputError unless it is in the same folder, or below: a model reads no others."""
+    folder = path.parent.resolve()
+    found = (folder / location).resolve()
+    if not found.is_relative_to(folder) or not found.is_file():
+        problem = f"its external weights cannot be read: {location[:80]!r} is no file beside it"
+        raise InputError(problem, where=path, allowed="files in its folder")
+    return found
 
 
 def normalise(proto: onnx.ModelProto, where: object, batch: int = 1) -> onnx.ModelProto:
@@ -74,6 +99,7 @@ def normalise(proto: onnx.ModelProto, where: object, batch: int = 1) -> onnx.Mod
     place for the batch, a tensor's shape cannot be inferred, the graph is malformed, or an output depends on no node.
     """
     if proto.functions:
+        _check_functions(proto, where)
         proto = onnx.inliner.inline_local_functions(proto)
     graph = proto.graph
     if graph.sparse_initializer:
@@ -125,6 +151,27 @@ def normalise(proto: onnx.ModelProto, where: object, batch: int = 1) -> onnx.Mod
     graph.value_info.extend(info for name, info in typed.items() if name not in ends)
     proto.ir_version = max(proto.ir_version, 8)  # from 4 on, initializers need not be inputs as well
     return proto
+
+
+def _check_functions(proto: onnx.ModelProto, where: object) -> None:
+    """InputError for local functions that call themselves, or that are too much when they are written out."""
+    functions = {(f.domain, f.name): f for f in proto.functions}
+    sizes: dict[tuple[str, str], float] = {}
+
+    def nodes(body: Iterable[onnx.NodeProto], open_: frozenset[tuple[str, str]]) -> float:
+        total = 0.0
+        for node in body:
+            key = (node.domain, node.op_type)
+            if key in open_:
+                raise InputError(f"function {node.op_type!r} calls itself", where=where)
+            if key in functions and key not in sizes:
+                sizes[key] = nodes(functions[key].node, open_ | {key})
+            total += sizes.get(key, 1.0)
+            total += sum(nodes(graph.node, open_) for a in node.attribute for graph in (a.g, *a.graphs))
+        return total
+
+    if nodes(proto.graph.node, frozenset()) > _MOST_NODES:
+        raise InputError("its functions are too much", where=where, allowed=f"at most {_MOST_NODES} nodes in all")
 
 
 def uses(node: onnx.NodeProto) -> tuple[str, ...]:
@@ -230,7 +277,7 @@ def _fold(
         feeds = None
         if node.op_type in ("Shape", "Size") and (shape := _static_shape(types.get(node.input[0]))) is not None:
             feeds = {node.input[0]: np.broadcast_to(np.float32(0), shape)}
-        elif _is_constant(node, constants):
+        elif _is_constant(node, constants) and _folds_to_bytes(node, constants, opsets) <= _MOST_FOLDED_BYTES:
             feeds = {name: numpy_helper.to_array(constants[name]) for name in node.input if name}
         values = None if feeds is None else _evaluate(node, feeds, opsets)
         if values is None:
@@ -244,6 +291,31 @@ def _is_constant(node: onnx.NodeProto, constants: Mapping[str, object]) -> bool:
     if node.op_type in _NEVER_FOLDED or any(a.HasField("g") or a.graphs for a in node.attribute):
         return False
     return all(name in constants for name in node.input if name)
+
+
+def _folds_to_bytes(
+    node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], opsets: Mapping[str, int]
+) -> float:
+    """How large what a node makes of constants will be; infinite where that cannot be told beforehand."""
+    if node.op_type in _NOT_LARGER:
+        return 0
+    graph = onnx.GraphProto(name="one", node=[node])
+    graph.initializer.extend(constants[name] for name in dict.fromkeys(node.input) if name)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
+    ids = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    alone = onnx.ModelProto(ir_version=8, graph=graph, opset_import=ids)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(alone, data_prop=True).graph
+    except onnx.shape_inference.InferenceError:
+        return math.inf
+    types = {v.name: v.type for group in (inferred.value_info, inferred.output) for v in group}
+    total = 0.0
+    for name in node.output:
+        shape = _static_shape(types.get(name))
+        if name and shape is None:
+            return math.inf
+        total += 8.0 * math.prod(shape or (0,))
+    return total
 
 
 def _evaluate(node: onnx.NodeProto, feeds: dict[str, Any], opsets: Mapping[str, int]) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from isthmus.workloads.documents import parse, read_yaml, write_text
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CodecCost(_Spec):

@@ -5,11 +5,10 @@ Knows models and the file format. Must not know how the numbers were measured, n
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import (
@@ -22,7 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from isthmus.workloads.documents import parse, read_text, write_text
+from isthmus.workloads.backend import BackendSpec
+from isthmus.workloads.documents import parse, read_json, write_text
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.fit import Floats, fit_line, typical
 from isthmus.workloads.model import Model, Part, members
@@ -116,10 +116,13 @@ class Profile(_Frozen):
     machine: Machine
     backend: str
     backend_version: str
+    backend_arguments: dict[str, Any] = {}
+    """What the backend was given besides its name, as a node of a testbed says it."""
     provider: str
     threads: int = Field(ge=1)
     date: str
-    clock: Literal["cpu"] = "cpu"
+    clock: Literal["cpu", "wall"] = "cpu"
+    """CPU time of the thread that calls; wall time where a backend computes elsewhere."""
     pace_s: NonNegativeFloat
     batch: int = Field(default=1, ge=1)
     provenance: str
@@ -147,18 +150,17 @@ class Profile(_Frozen):
     @classmethod
     def load(cls, path: str | Path) -> Profile:
         """Read a profile. Raises InputError, naming the file and the first field that is wrong."""
-        text = read_text(path)
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"is not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
-        profile = parse(cls, data, where=path)
+        profile = parse(cls, read_json(path), where=path)
         profile._path = Path(path)
         return profile
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, wholly or not at all. Raises RunFailure if that is impossible."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
+
+    @property
+    def measured_with(self) -> BackendSpec:
+        return BackendSpec(name=self.backend, **self.backend_arguments)
 
     def check_model(self, model: Model) -> None:
         """Raise InputError unless this profile is of exactly this model: same file, same weights."""

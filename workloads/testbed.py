@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from isthmus.workloads.backend import DEFAULT, BackendSpec
 from isthmus.workloads.cluster import ClusterSpec
 from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError, unknown, within
@@ -204,7 +205,7 @@ class Testbed:
                 if node.service is not None:
                     service = Synthetic(model, node.service)
                 elif need_profiles:
-                    service = Measured(model, _profile(store, model, node.label), node.slowdown)
+                    service = Measured(model, _profile(store, model, node), node.slowdown)
                 else:
                     continue
                 _check_batches(node, service, f"{where or spec.name}: nodes.{name}.batch")
@@ -243,9 +244,14 @@ class Testbed:
         means: dict[float, Rate] = {}  # links of a group share their rate
 
         def mean(bytes_per_s: float) -> Rate:
-            return means.setdefault(bytes_per_s, Rate.constant(bytes_per_s))
+            found = means.get(bytes_per_s)
+            if found is None:
+                found = means[bytes_per_s] = Rate.constant(bytes_per_s)
+            return found
 
         def known(link: Link) -> Link:
+            if link.is_plain and link.rate.is_constant:
+                return link  # there is nothing to hide
             medium = link.medium and replace(link.medium, rate=mean(link.medium.rate.mean_bytes_per_s))
             rate = mean(link.bottleneck.mean_bytes_per_s)
             return replace(link, rate=rate, medium=medium, jitter=None, loss=0.0, slow_start=None)
@@ -479,17 +485,27 @@ def realise_links(
     return links
 
 
-def _profile(store: Path, model: Model, label: str) -> Profile:
-    path = profile_path(store, model.name, label)
+def _profile(store: Path, model: Model, node: NodeSpec) -> Profile:
+    path = profile_path(store, model.name, node.label, node.backend)
     if not path.exists():
+        other = node.backend != DEFAULT
+        with_backend, option = (f" with {node.backend}", f" --backend '{node.backend}'") if other else ("", "")
         raise InputError(
-            f"no profile of {model.name!r} on {label!r}",
+            f"no profile of {model.name!r} on {node.label!r}{with_backend}",
             where=path,
-            allowed=f"make one: `isthmus calibrate EXPERIMENT`, or `isthmus profile {model.source} --out {path}`",
+            allowed="make one: `isthmus calibrate EXPERIMENT`, "
+            f"or `isthmus profile {model.source}{option} --out {path}`",
         )
-    return Profile.load(path)
+    profile = Profile.load(path)
+    if profile.measured_with != node.backend:
+        raise InputError(
+            f"was measured with {profile.measured_with}, and a node that takes it computes with {node.backend}",
+            where=path,
+            allowed="a profile of the node's `backend`: other backends take other times",
+        )
+    return profile
 
 
-def profile_path(store: Path, model: str, label: str) -> Path:
-    """Where the profile of a model on a machine is kept."""
-    return store / f"{model}@{label}.json"
+def profile_path(store: Path, model: str, label: str, backend: BackendSpec = DEFAULT) -> Path:
+    """Where the profile of a model on a machine is kept; that of ONNX Runtime, unless another `backend` is given."""
+    return store / (f"{model}@{label}+{backend.key}.json" if backend.key else f"{model}@{label}.json")

@@ -137,7 +137,10 @@ class TraceFile(BaseModel):
         found: list[Floats] = []
         for index in columns:
             column = table.iloc[:, sorted(set(columns)).index(index)]
-            values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=float)
+            try:
+                values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=float)
+            except OverflowError:  # whole numbers of hundreds of digits
+                raise InputError(f"column {names[index]!r}: a number is too large", where=path) from None
             if len(wrong := np.flatnonzero(np.isnan(values))):
                 row = int(wrong[0])
                 shown = str(column.iloc[row]).strip()

@@ -31,6 +31,14 @@ _WATT = {"W": 1.0, "mW": 1e-3}
 _JOULE = {"J": 1.0, "mJ": 1e-3, "kJ": 1e3, "MJ": 1e6, "Wh": 3600.0, "mWh": 3.6, "kWh": 3.6e6}
 
 
+def as_float(value: float) -> float:
+    """A number as a float; infinity for whole numbers that are too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def _parser(kind: str, units: dict[str, float], example: str, *, zero: bool) -> Callable[[Any], float]:
     allowed = f"a number {'>= 0' if zero else '> 0'} with one of {', '.join(units)}, such as {example}"
 
@@ -38,7 +46,7 @@ def _parser(kind: str, units: dict[str, float], example: str, *, zero: bool) -> 
         if isinstance(value, bool):
             raise InputError(f"{value!r} is not a {kind}", allowed=allowed)
         if isinstance(value, int | float):
-            number = float(value)  # already SI
+            number = as_float(value)  # already SI
         else:
             match = _NUMBER.match(str(value))
             if match is None:

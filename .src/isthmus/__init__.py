@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from isthmus.policies.contract import Oracle, Policy, View
     from isthmus.policies.plan import Plan, Stage, split, whole_on
     from isthmus.policies.records import Record
+    from isthmus.real.check import check_backend
     from isthmus.workloads.errors import InputError, IsthmusError, RunFailure
     from isthmus.workloads.model import Model, Part, load_model
     from isthmus.workloads.profile import Profile
@@ -49,6 +50,7 @@ _HOMES = {
     "policies.contract": ("Oracle", "Policy", "View"),
     "policies.plan": ("Plan", "Stage", "split", "whole_on"),
     "policies.records": ("Record",),
+    "real.check": ("check_backend",),
     "workloads.errors": ("InputError", "IsthmusError", "RunFailure"),
     "workloads.model": ("Model", "Part", "load_model"),
     "workloads.profile": ("Profile",),
@@ -76,6 +78,7 @@ __all__ = [
     "Testbed",
     "View",
     "calibrate",
+    "check_backend",
     "check_policy",
     "compare",
     "load_model",

@@ -1,0 +1,247 @@
+"""Physical nodes and links: processes of this machine over loopback, which is real TCP."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from isthmus.experiments.bench_real import Always
+from isthmus.experiments.real_run import world_of
+from isthmus.policies.plan import split, whole_on
+from isthmus.policies.records import Kind, Outcome, Record
+from isthmus.real.calibrate import measure_links
+from isthmus.real.drive import run_cell
+from isthmus.real.fleet import Fleet
+from isthmus.real.letters import Letter, letter_from, letter_to
+from isthmus.real.wire import Wire
+from isthmus.workloads.errors import InputError
+from isthmus.workloads.faults import Fault, LinkFault, LostMessages, NodeFault, SlowNode
+from isthmus.workloads.link_costs import LinkCost, LinkCosts
+from isthmus.workloads.links import SlowStart
+from isthmus.workloads.requests import Request
+from isthmus.workloads.testbed import Testbed, TestbedSpec
+
+AB = {"a": {"host": "one"}, "b": {"host": "two"}}
+LINK = [{"between": ["a", "b"], "rate": "1Gbit"}]
+
+
+@pytest.fixture
+def build(chain: Path) -> Callable[..., Testbed]:
+    def make(nodes: Mapping[str, Any] = AB, links: Sequence[Mapping[str, Any]] = LINK) -> Testbed:
+        spec = {"models": {"chain": str(chain)}, "nodes": nodes, "links": links}
+        return Testbed.build(TestbedSpec.model_validate(spec), need_profiles=False)
+
+    return make
+
+
+def every(gap_s: float, count: int, **more: Any) -> list[Request]:
+    return [Request(i, "a", "chain", gap_s * (i + 1), **more) for i in range(count)]
+
+
+def play(ray: Any, testbed: Testbed, plan: Any, requests: list[Request], meanwhile: Any = None, **more: Any) -> Any:
+    records: list[Record] = []
+    with Fleet(ray, testbed) as fleet:
+        fleet.prepare([plan], {"a": "chain"}, 1)
+        if meanwhile is not None:
+            threading.Thread(target=meanwhile, args=(fleet,), daemon=True).start()
+        pressure = run_cell(fleet, {"a": requests}, {"a": Always(plan)}, records.append, seed=1, **more)
+    return sorted(records, key=lambda r: r.number), pressure
+
+
+def test_two_physical_nodes_give_the_whole_models_answer(ray, build):
+    testbed = build()
+    plan = split(testbed.models["chain"], (3,), ("a", "b"))
+    assert world_of(testbed) == "physical"
+    records, _ = play(ray, testbed, plan, every(0.03, 20))
+    assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 20}
+    assert all(r.correct for r in records)
+    for record in records:
+        kinds = [(s.kind, s.place) for s in record.spans if s.kind in (Kind.COMPUTE, Kind.SEND)]
+        assert kinds == [(Kind.COMPUTE, "a"), (Kind.SEND, "a>b"), (Kind.COMPUTE, "b"), (Kind.SEND, "b>a")]
+        ends = [s.end_s for s in record.spans]
+        assert record.arrival_s <= record.spans[0].start_s
+        assert ends == sorted(ends)
+        assert ends[-1] <= record.end_s
+
+
+def test_an_emulated_node_beside_a_physical_one(ray, build):
+    """Its times are the emulated hardware's, and the link between them is what it is."""
+    testbed = build({"a": {"host": "one"}, "b": {"host": "two", "service": {"mean": "40ms"}}})
+    assert world_of(testbed) == "mixed"
+    records, _ = play(ray, testbed, whole_on(testbed.models["chain"], "b"), every(0.1, 10))
+    assert all(r.correct for r in records)
+    computed = [s.end_s - s.start_s for r in records for s in r.spans if s.kind is Kind.COMPUTE]
+    assert computed == pytest.approx([0.04] * 10)
+    assert {s.place for r in records for s in r.spans if s.kind is Kind.SEND} == {"a>b", "b>a"}
+
+
+def test_a_link_that_is_cut_is_given_nothing(ray, build):
+    testbed = build()
+    fault = LinkFault(link=("a", "b"), down=0.5, up=1.2)
+    records, _ = play(ray, testbed, whole_on(testbed.models["chain"], "b"), every(0.1, 15), faults=[fault])
+    assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 15}
+    caught = [r for r in records if 0.5 <= r.arrival_s < 1.2]
+    assert len(caught) == 7
+    assert all(r.end_s > 1.2 for r in caught)
+    assert all(Kind.WAIT in {s.kind for s in r.spans if s.place == "a>b"} for r in caught)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [NodeFault(node="b", down=0.4, up=0.8)],
+        [LostMessages(link=("a", "b"), lose=0.5, **{"from": 0.3, "to": 0.9})],
+        [SlowNode(node="b", slower=3.0, **{"from": 0.3, "to": 0.9})],
+    ],
+    ids=["node", "messages", "straggler"],
+)
+def test_every_request_has_one_outcome_whatever_goes_wrong(faults: list[Fault], ray, build):
+    testbed = build()
+    plan = split(testbed.models["chain"], (3,), ("a", "b"))
+    records, _ = play(ray, testbed, plan, every(0.05, 30, timeout_s=0.5), faults=faults, drain_s=20.0)
+    assert [r.number for r in records] == list(range(30))
+    assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 30}  # the source can always do it alone
+    assert all(r.correct for r in records)
+
+
+def test_an_actor_that_dies_is_started_anew(ray, build):
+    testbed = build()
+    plan = split(testbed.models["chain"], (3,), ("a", "b"))
+    killed = threading.Event()
+
+    def crash(fleet: Fleet) -> None:
+        time.sleep(1.0)
+        ray.kill(fleet._actors["b"])
+        killed.set()
+
+    records, _ = play(ray, testbed, plan, every(0.1, 120), crash, drain_s=30.0)
+    assert killed.is_set()
+    assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 120}
+    again = [r for r in records if r.plan and '"b"' in r.plan]
+    assert again[-1].number > 100, "the node was not used again after it was started anew"
+
+
+def test_links_are_measured_in_both_directions(ray, build):
+    costs = measure_links(ray, build(links=[{"between": ["a", "b"]}]))
+    assert [cost.link for cost in costs.links] == [("a", "b"), ("b", "a")]
+    for cost in costs.links:
+        assert cost.declared_bytes_per_s is None
+        assert cost.clock_error_s == 0.0  # one machine, one clock
+        assert len(cost.samples) == 32
+        assert all(seconds > 0 for _, seconds in cost.samples)
+
+
+def test_what_was_measured_is_what_a_simulation_uses(chain: Path, tmp_path: Path):
+    """Without a rate in the file the measured one; with one, its course, scaled."""
+    nodes = {n: {"host": h, "service": {"mean": "5ms"}} for n, h in (("a", "one"), ("b", "two"))}
+    half = LinkCost(
+        link=("a", "b"), rate_bytes_per_s=5e5, latency_s=0.02, declared_bytes_per_s=1e6, slow_start=SlowStart()
+    )
+    LinkCosts(links=(half, LinkCost(link=("b", "a"), rate_bytes_per_s=3e6, latency_s=0.01))).save(tmp_path / "profiles")
+    link = {"between": ["a", "b"], "rate": [["0s", 12e5], ["1s", 8e5]], "period": "2s", "latency": "1ms"}
+    spec = TestbedSpec.model_validate({"models": {"chain": str(chain)}, "nodes": nodes, "links": [link]})
+    links = Testbed.build(spec, folder=tmp_path).links
+    assert links["a", "b"].rate.finish_s(0.0, 5e5) == pytest.approx(5e5 / 6e5)
+    assert (links["a", "b"].latency_s, links["a", "b"].slow_start) == (0.02, SlowStart())
+    assert links["b", "a"].rate.mean_bytes_per_s == 3e6
+    declared = Testbed.build(spec, folder=tmp_path, as_declared=True).links
+    assert declared["a", "b"].latency_s == 1e-3
+    bare = TestbedSpec.model_validate(
+        {"models": {"chain": str(chain)}, "nodes": nodes, "links": [{"between": ["a", "b"]}]}
+    )
+    with pytest.raises(InputError, match="isthmus calibrate"):
+        Testbed.build(bare, folder=tmp_path / "elsewhere")
+
+
+@pytest.fixture
+def wires():
+    made: list[Wire] = []
+
+    def make(take: Any = None) -> tuple[Wire, list[Any]]:
+        got: list[Any] = []
+        wire = Wire("127.0.0.1", lambda letter, arrays: got.append((letter, arrays)), got.append, got.append)
+        made.append(wire)
+        return wire, got
+
+    yield make
+    for wire in made:
+        wire.close()
+
+
+def letter(number: int = 0) -> Letter:
+    from isthmus.policies.plan import Plan
+
+    return Letter(1, Plan(()), Request(number, "a", "chain", 0.5), 1, 0, 1, 0.25, (), 0)
+
+
+def until(done: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if done():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never happened")
+
+
+def test_letters_arrive_in_order_and_whole(wires):
+    (one, _), (two, got) = wires(), wires()
+    peers = {"one": one.address, "two": two.address}
+    two.connect(peers)
+    one.connect(peers)
+    values = np.arange(5000, dtype=np.float32).reshape(50, 100)
+    for number in range(50):
+        one.send("two", letter(number), [values, values[:, ::7]])
+    one.tell("two", b"a note")
+    until(lambda: len(got) == 51)
+    assert [it[0].number for it in got[:50]] == list(range(50))
+    assert got[50] == b"a note"
+    for _, (first, second) in got[:50]:
+        np.testing.assert_array_equal(first, values)
+        np.testing.assert_array_equal(second, values[:, ::7])
+
+
+def test_who_is_not_known_is_not_let_in(wires):
+    (stranger, _), (two, got) = wires(), wires()
+    stranger.connect({"two": two.address})  # it knows where, and the public key
+    two.connect({"two": two.address})
+    stranger.send("two", letter(), [])
+    naked = zmq.Context.instance().socket(zmq.PUSH)
+    naked.linger = 0
+    naked.connect(two.address.endpoint)
+    naked.send_multipart([b"letter", b"{}"])
+    time.sleep(1.0)
+    assert got == []
+    naked.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[]", b"null", b"[1,2", json.dumps([1] * 10).encode(), b"[" * 5000, b"\xff\xfe"],
+)  # fmt: skip
+def test_what_is_no_letter_is_refused(content):
+    with pytest.raises(InputError, match="not a"):
+        letter_from(content)
+
+
+def test_a_letter_reads_as_it_was_written():
+    text = letter_to(letter(7), [("<f4", (1, 3))])
+    again, shapes = letter_from(text)
+    assert again == letter(7)
+    assert shapes == [(np.dtype("<f4"), (1, 3))]
+    for field, wrong in product(range(10), (None, "x", -5, [1], {"a": 1}, 1e400, 2**70)):
+        said = json.loads(text)
+        said[field] = wrong
+        try:
+            other, _ = letter_from(json.dumps(said).encode())
+        except InputError:
+            continue
+        assert (field, wrong) == (6, -5.0) or other.spans == (), (field, wrong)  # a time may be before the start
