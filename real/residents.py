@@ -7,6 +7,7 @@ process, however it ends.
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping
@@ -62,17 +63,18 @@ class Residents:
 
     def keep(self, parts: Iterable[Shaped]) -> None:
         """Drop all others."""
-        for shaped in set(self._sessions).difference(parts):
+        kept = set(parts)
+        for shaped in [it for it in list(self._sessions) if it not in kept]:
             self._sessions.pop(shaped).close()
 
     def begin(self) -> None:
         """A run begins: with files, nothing is resident."""
         if self._files is not None:
             self.keep(())
+            _trim()
 
     def session(self, part: Part, size: int = 1) -> tuple[PartSession, float]:
-        """A part for so many requests at once; the seconds of loading it, by its clock, if that had to be
-        waited for, else 0."""
+        """A part for so many requests at once; the seconds of loading it, if that had to be waited for, else 0."""
         found = self._sessions.get((part, size))
         if found is not None:
             return found, 0.0
@@ -83,6 +85,9 @@ class Residents:
                 graph = self._graph(model, part, size)
                 found = PartSession(model, part, graph=graph, backend=backend(self._runs_in))
                 self._sessions[part, size] = found
+                del graph
+                if self._files is not None:
+                    _trim()
             return found, found.load_s
 
     def _graph(self, model: Model, part: Part, size: int) -> Graph:
@@ -100,6 +105,16 @@ def _filed(graph: Graph) -> tuple[IO[bytes], Graph]:
     file = tempfile.TemporaryFile(dir=_PERSISTENT if Path(_PERSISTENT).is_dir() else None)  # noqa: SIM115
     file.write(graph.content)
     return file, graph._replace(content=b"")
+
+
+def _trim() -> None:
+    """Let the system have the memory that was freed: what dropped sessions had, and what loading took for a while.
+
+    The C library keeps it for later otherwise, and a process may seem to hold several times what it uses.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _warm(session: PartSession, model: Model, size: int) -> PartSession:
