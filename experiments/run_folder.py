@@ -420,7 +420,7 @@ def _trace(file: str) -> tuple[str, str]:
 def _resolved(spec: ExperimentSpec, testbed: Testbed) -> ExperimentSpec:
     """The experiment as it can be read from the run folder: profiles and traces in it, model files by absolute path."""
     models = {
-        n: str(Path(m.source).resolve()) if Path(m.source).is_file() else m.source for n, m in testbed.models.items()
+        n: str(Path(m.source).resolve()) if os.path.isfile(m.source) else m.source for n, m in testbed.models.items()
     }
     models = {**testbed.spec.models, **models}
     kept = testbed.spec.with_traces(lambda file: _trace(file)[0])

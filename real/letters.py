@@ -96,7 +96,7 @@ def letter_to(letter: Letter, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> 
     """As it goes over the wire."""
     said = [
         letter.cell, letter.plan.to_json(), letter.request, letter.attempt, letter.message, letter.hop, letter.at_s,
-        letter.spans, letter.overruns, letter.tolerance, shapes,
+        letter.spans, letter.overruns, shapes, letter.tolerance,
     ]  # fmt: skip
     return json.dumps(said).encode()
 
@@ -104,7 +104,7 @@ def letter_to(letter: Letter, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> 
 def letter_from(content: bytes) -> tuple[Letter, Shapes]:
     """What `letter_to` wrote. InputError for anything else; whether its plan is possible, its receiver finds out."""
     try:
-        cell, plan, request, attempt, message, hop, at_s, spans, overruns, tolerance, shapes = json.loads(content)
+        cell, plan, request, attempt, message, hop, at_s, spans, overruns, shapes, tolerance = json.loads(content)
         letter = Letter(
             _whole(cell), _read_plan(plan), _request(request), _whole(attempt), _whole(message), _whole(hop),
             _number(at_s), tuple(map(_span, spans)), _whole(overruns), _number(tolerance),

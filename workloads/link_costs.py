@@ -5,6 +5,7 @@ Knows links as directions between nodes. How they are measured is in `real/link_
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ class LinkCosts(BaseModel):
     def find(cls, store: Path) -> LinkCosts:
         """Those kept beside the profiles, or none."""
         path = store / "links.json"
-        return parse(cls, read_yaml(path), where=path) if path.exists() else cls()
+        return parse(cls, read_yaml(path), where=path) if os.path.exists(path) else cls()
 
     def save(self, store: Path) -> None:
         write_text(store / "links.json", self.model_dump_json(indent=1) + "\n")

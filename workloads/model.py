@@ -8,6 +8,7 @@ is a few machine operations, and a part is a small hashable value.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -309,12 +310,12 @@ def sha256_here(model: Model) -> str:
 def _locate(source: str | Path) -> Path | str:
     """A file's absolute path, or a zoo name."""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # as Path.is_file, and False for a name that no file can have
         return path.resolve()
     if str(source) in zoo.names():
         return str(source)
     name = unknown("model", str(source), zoo.names()).problem
-    problem = "is not a file" if path.exists() else f"no such file, and {name}"
+    problem = "is not a file" if os.path.exists(path) else f"no such file, and {name}"
     allowed = f"the path of an .onnx file, or one of {', '.join(zoo.names())}"
     raise InputError(problem, where=source, allowed=allowed)
 

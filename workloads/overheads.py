@@ -6,6 +6,7 @@ the field says otherwise.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -41,7 +42,7 @@ class Overheads(_Spec):
     def find(cls, store: Path) -> Overheads:
         """The overheads kept beside the profiles, or none."""
         path = store / "overheads.json"
-        return parse(cls, read_yaml(path), where=path) if path.exists() else cls()
+        return parse(cls, read_yaml(path), where=path) if os.path.exists(path) else cls()
 
     def save(self, store: Path) -> None:
         write_text(store / "overheads.json", self.model_dump_json(indent=1) + "\n")

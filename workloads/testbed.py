@@ -7,6 +7,7 @@ uses: models loaded, profiles found and checked, links in both directions, route
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -133,7 +134,7 @@ class TestbedSpec(_Spec):
 
     def moved(self, way: Path, folder: Path) -> TestbedSpec:
         """As it reads in `folder`, when its own folder is `way` from there: profiles, traces, and models in files."""
-        models = {n: str(way / m) if (folder / way / m).is_file() else m for n, m in self.models.items()}
+        models = {n: str(way / m) if os.path.isfile(folder / way / m) else m for n, m in self.models.items()}
         spec = self.with_traces(lambda file: str(way / file))
         cluster = None if self.cluster is None else self.cluster.moved(way)
         return spec.model_copy(update={"models": models, "profiles": str(way / self.profiles), "cluster": cluster})
@@ -187,7 +188,7 @@ class Testbed:
             if only_models is None or name in only_models:
                 found = folder / source
                 try:
-                    models[name] = load_model(found if found.is_file() else source, name=name)
+                    models[name] = load_model(found if os.path.isfile(found) else source, name=name)
                 except InputError as error:
                     raise InputError(str(error), where=f"{where or spec.name}: models.{name}") from None
         nodes: dict[str, Node] = {}
@@ -487,7 +488,7 @@ def realise_links(
 
 def _profile(store: Path, model: Model, node: NodeSpec) -> Profile:
     path = profile_path(store, model.name, node.label, node.backend)
-    if not path.exists():
+    if not os.path.exists(path):  # as Path.exists, and False for a name that no file can have
         other = node.backend != DEFAULT
         with_backend, option = (f" with {node.backend}", f" --backend '{node.backend}'") if other else ("", "")
         raise InputError(
