@@ -24,7 +24,7 @@ from isthmus.real.fleet import Fleet
 from isthmus.real.letters import refusal_from
 from isthmus.real.residents import Residents
 from isthmus.real.session import PartSession, random_input, random_tensors
-from isthmus.real.slots import HostSlots, Job
+from isthmus.real.slots import CannotRun, EmulatedSlots, HostSlots, Job, Slots
 from isthmus.real.timeline import Clock
 from isthmus.real.together import run_together
 from isthmus.sim.replay import replay
@@ -221,6 +221,50 @@ def test_sessions_that_have_to_go_are_gone_and_the_budget_holds(chain, synthetic
     assert max(held) <= budget
     assert memory.evictions > 5
     assert len(alive) == len(residents.resident)
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_what_cannot_run_takes_nothing_with_it(emulated, chain, synthetic):
+    """Of a batch of four, one has tensors that its part cannot run on: the three others are answered."""
+    part = synthetic().models["chain"].whole()
+    node = physical(chain, batch={"size": 4, "wait": "1s", "cost": [[1, 1.0], [4, 2.0]]}).nodes["cloud"]
+    sizes, ended, broken, errors = [], [], [], []
+
+    def run(feeds: Sequence[dict[str, Any]]) -> list[Any]:
+        sizes.append(len(feeds))
+        if any(feed["x"] == 2 for feed in feeds):
+            raise CannotRun("2 is out of range")
+        return [{"y": -feed["x"]} for feed in feeds]
+
+    slots: Slots
+    clock = Clock(time.monotonic())
+    if emulated:
+        compute = lambda part, feed: (run([feed])[0], 1.0, 0.0)  # noqa: E731
+        slots = EmulatedSlots(node, clock, compute, lambda model, size: 1 + size, None, errors.append)
+    else:
+        slots = HostSlots(node, clock, lambda part, size: (run, False), lambda kept: None, None, errors.append)
+    spans: list[Any] = []
+
+    def end(outputs: Any, _: float, took: Any, __: int) -> None:
+        ended.append(outputs["y"])
+        spans.extend(took)
+
+    for number in range(4):
+        request, ready_s = Request(number, "device", "chain", 0.0), 0.01 * number
+        slots.submit(
+            Job(part, {"x": number}, request, 1, 0, ready_s, lambda s: 0.1 * s, end, pytest.fail, broken.append)
+        )
+    deadline = time.monotonic() + 10
+    while len(ended) + len(broken) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    slots.close()
+    assert not errors
+    assert sorted(ended) == [-3, -1, 0]
+    assert sorted(map(str, broken)) == ["2 is out of range"]
+    if emulated:
+        assert max(s.end_s - s.start_s for s in spans if s.kind is Kind.COMPUTE) == pytest.approx(0.4)
+    else:
+        assert sizes == [4, 1, 1, 1, 1]
 
 
 def test_rows_are_those_of_the_requests_also_where_the_batch_is_not_filled(chain, synthetic):
