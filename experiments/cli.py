@@ -319,7 +319,10 @@ def _show_run(made: Run, trace: Path | None, as_json: bool) -> None:
         tables.run_table(made, trace)
         return
     rows = [{k: None if v != v else v for k, v in row.items()} for row in made.summary().to_dict("records")]
-    emit({"run": str(made.folder), "world": made.world, "policies": rows, "warnings": made.facts.get("warnings", [])})
+    said = {"run": str(made.folder), "world": made.world, "policies": rows, "warnings": made.facts.get("warnings", [])}
+    if "updates" in made.facts:
+        said |= {"updates": made.facts["updates"], "versions": made.versions().to_dict("records")}
+    emit(said)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from isthmus.workloads.progress import Progress
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.service import Measured
 from isthmus.workloads.testbed import Testbed, TestbedSpec
+from isthmus.workloads.updates import Update, in_order, load_update
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ class Experiment:
     def store(self) -> Path:
         """The folder of its profiles."""
         return self.folder / self.testbed_spec.profiles
+
+    @cached_property
+    def updates(self) -> list[Update]:
+        """New versions of its models, as they come. InputError for a file that is none."""
+        return in_order(
+            load_update(spec, self.testbed.models[spec.model], f"{self.where}: updates[{number}].to")
+            for number, spec in enumerate(self.spec.updates)
+        )
 
     @cached_property
     def policies(self) -> list[PolicySpec]:
@@ -147,6 +156,7 @@ def simulate(
     """
     out = free_folder(out, replace) or new_folder(experiment, "simulated")
     testbed, cells = experiment.testbed, experiment.cells()
+    _ = experiment.updates  # checked; here they cost nothing and change nothing
     total = len(cells) * experiment.spec.expected_requests
     facts = {"oracles": experiment.oracles, "warnings": uncalibrated(experiment)}
     with RunWriter(out, "simulated", experiment.spec, testbed, **facts) as writer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
@@ -60,16 +60,21 @@ def run(
     world = world_of(testbed) if ground is None else "lab"
     out = free_folder(out, replace) or new_folder(experiment, world)
     total = len(cells) * sum(map(len, experiment.spec.draw(experiment.spec.seeds[0]).values()))
-    warnings = check_real(experiment)
+    warnings, updates = check_real(experiment), experiment.updates
     wrong: Counter[str] = Counter()
     pressure: dict[str, Any] = {}
+    became: list[dict[str, Any]] = []
     energy: dict[str, Any] = {}
     with ExitStack() as stack:
         ray = stack.enter_context(connect(experiment.testbed_spec.cluster, experiment.folder))
         fleet = stack.enter_context(Fleet(ray, testbed))
         machines = fleet.machines()
         warnings += check_profiles(testbed, machines)
-        facts = {"oracles": experiment.oracles, "machines": {n: it.model_dump() for n, it in machines.items()}}
+        facts: dict[str, Any] = {
+            "oracles": experiment.oracles,
+            "machines": {n: it.model_dump() for n, it in machines.items()},
+        }
+        facts |= {"updates": became} if updates else {}
         writer = stack.enter_context(RunWriter(out, world, experiment.spec, testbed, **facts))
         for number, (policy, seed) in enumerate(cells):
             tick = _ticking(partial(told, progress, number * total // len(cells), total), policy.label)
@@ -84,9 +89,11 @@ def run(
                 seed=seed,
                 name=policy.label,
                 faults=experiment.spec.draw_faults(seed),
+                updates=updates,
                 drain_s=experiment.spec.drain,
                 ground=ground,
                 decided=partial(writer.decision, policy=policy.label, seed=seed),
+                updated=_keeping(became, policy=policy.label, seed=seed),
                 tick=tick,
             )
             pressure[f"{policy.label}/{seed}"] = vars(felt.pressure)
@@ -106,6 +113,10 @@ def world_of(testbed: Testbed) -> str:
     """What a real run of a testbed is called."""
     kinds = {node.physical for node in testbed.nodes.values()} | {testbed.is_physical(link) for link in testbed.links}
     return "mixed" if len(kinds) > 1 else "physical" if True in kinds else "emulated"
+
+
+def _keeping(rows: list[dict[str, Any]], **of: Any) -> Callable[[Mapping[str, Any]], None]:
+    return lambda row: rows.append({**of, **row})
 
 
 def _ticking(tell: Callable[[str, int], None], label: str) -> Callable[[int, str], None]:

@@ -143,10 +143,21 @@ def _section(number: int, subject: Comparison | Run, charts: _Charts) -> dict[st
         "rates": _rates(shown[0].run, charts),
         "rates_drawn": shown[0].run.testbed.at_seed(spec.seeds[0]) is not shown[0].run.testbed,
         "provenance": _provenance(runs),
+        "updates": [
+            (world, row, _answers(world.run, row)) for world in shown for row in world.run.facts.get("updates", [])
+        ],
         "experiment": yaml.safe_dump(
             {k: v for k, v in shown[0].run.facts["experiment"].items() if k != "name"}, sort_keys=False
         ),
     }
+
+
+def _answers(run: Run, update: Mapping[str, Any]) -> dict[str, int]:
+    """What both versions of an update answered, under its policy and seed."""
+    requests = run.requests
+    of = (requests["policy"] == update["policy"]) & (requests["seed"] == update["seed"])
+    of &= requests["model"] == update["model"]
+    return {which: int((of & (requests["version"] == update[which])).sum()) for which in ("from", "to")}
 
 
 def _pace(per_s: float | None) -> str:

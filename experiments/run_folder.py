@@ -372,6 +372,15 @@ class Run:
         frame[counts] = frame[counts].fillna(0).astype(int)
         return frame
 
+    def versions(self) -> pd.DataFrame:
+        """How many answers each version of each model gave: policy, model, version in the order of use, answers."""
+        answered = self.requests.dropna(subset="version")
+        counted = answered.groupby(["policy", "model", "version"], sort=False).size().rename("answers").reset_index()
+        place = {policy: number for number, policy in enumerate(dict.fromkeys(counted["policy"]))}
+        return counted.sort_values(
+            ["policy", "model"], key=lambda of: of.map(place) if of.name == "policy" else of, kind="stable"
+        )
+
     def reasons(self) -> pd.DataFrame:
         """Why requests were not answered: policy, outcome, reason and how many, the most frequent first."""
         unanswered = self.requests.dropna(subset="reason")

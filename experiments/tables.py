@@ -232,8 +232,23 @@ def run_table(run: Run, trace: Path | None) -> None:
         said = [f"{r['outcome']}, {r['reason']}: {r['requests']}" for r in of.head(_REASONS).to_dict("records")]
         more = [f"and {len(of) - _REASONS} more"] if len(of) > _REASONS else []
         console.print(f"[dim]{escape(str(policy))}: {escape('; '.join([*said, *more]))}[/]", soft_wrap=True)
+    if updates := run.facts.get("updates"):
+        _updates_tables(run, updates)
     for warning in run.facts.get("warnings", []):
         warn(warning)
+
+
+def _updates_tables(run: Run, updates: Rows) -> None:
+    table(
+        "Answers by version",
+        ["policy", "model", "version", "answers>"],
+        run.versions().to_numpy().tolist(),
+    )
+    for row in updates:
+        lasted = "" if row["done_s"] is None else f", {row['began_s']:.1f} to {row['done_s']:.1f} s"
+        why = "" if row["reason"] is None else f": {row['reason']}"
+        said = f"{row['policy']}, seed {row['seed']}: {row['model']} to {row['to']}: {row['outcome']}{lasted}{why}"
+        console.print(f"[dim]{escape(said)}[/]", soft_wrap=True)
 
 
 _BILLS = {"energy_j": "energy\nJ each>", "money_usd": "money\nUSD each>"}

@@ -70,6 +70,7 @@ class Answer(NamedTuple):
     correct: bool | None = None
     answer_error: float | None = None
     overruns: int | None = None
+    version: str | None = None
 
 
 class PolicyFailure(RunFailure):
@@ -321,16 +322,16 @@ class Dispatcher:
         spans: Sequence[Span] = () if answer is None else answer.spans
         if self._lost and number in self._lost:
             spans = [*self._lost.pop(number), *spans]
-        energy = money = correct = error = overruns = None
+        energy = money = correct = error = overruns = version = None
         if answer is not None:
-            _, correct, error, overruns = answer
+            _, correct, error, overruns, version = answer
             if self._bills:
                 energy, money = energy_j(spans, self._testbed), money_usd(spans, self._testbed)
         plan = None if compiled is None else compiled.text
         record: Record = new(
             Record,
             (number, self.source, request.model, request.arrival_s, request.deadline_s, now_s, outcome, reason, plan,
-             attempt, energy, money, correct, error, overruns, spans),
+             attempt, energy, money, correct, error, overruns, version, spans),
         )  # fmt: skip
         if self._open is not None:
             self._open.pop(number, None)

@@ -71,6 +71,8 @@ class Record(NamedTuple):
     """Largest difference from the whole model's answer, relative to its largest value."""
     overruns: int | None = None
     """How often the host was late: a part or a message not ready at its emulated time; None where none was emulated."""
+    version: str | None = None
+    """Which version of the model answered, as `Model.version` has it; None where nothing was computed."""
     spans: Sequence[Span] = ()
 
     @property
@@ -97,6 +99,7 @@ REQUEST_COLUMNS: dict[str, str] = {
     "correct": "bool",
     "answer_error": "float64",
     "overruns": "int64",
+    "version": "string",
 }
 """The `requests` table: one row per request."""
 

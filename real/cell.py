@@ -26,10 +26,10 @@ from isthmus.policies.plan import Compiled, Message
 from isthmus.policies.records import Kind, Span
 from isthmus.real.backend import Array
 from isthmus.real.intake import check, check_span
-from isthmus.real.letters import Cell, Collected, Letter, Tensors, place_of, refusal_from, took
+from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version, place_of, refusal_from, took
 from isthmus.real.pressure import Usage, usage
-from isthmus.real.residents import Residents, Shaped
-from isthmus.real.slots import CannotRun, EmulatedSlots, HostSlots, Job, Slots, Together
+from isthmus.real.residents import Residents
+from isthmus.real.slots import CannotRun, EmulatedSlots, HostSlots, Job, Shaped, Slots, Together
 from isthmus.real.source import SourceCell
 from isthmus.real.timeline import Clock, Timeline
 from isthmus.real.together import run_together
@@ -65,7 +65,8 @@ class Server(Protocol):
     @property
     def tolerance(self) -> float: ...
 
-    def payload(self, request: Request) -> tuple[Tensors, Tensors]: ...
+    def payload(self, request: Request, version: str) -> tuple[Tensors, Tensors]:
+        """Inputs of a request, and that version's answer to them. CannotRun for a version that is not here."""
 
     def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None: ...
 
@@ -105,10 +106,11 @@ class NodeCell:
         self._outages = [f for f in cell.faults if isinstance(f, LinkFault)] if not cell.cuts_links else []
         self._losses = Losses(cell.faults, cell.seed) if any(isinstance(f, LostMessages) for f in cell.faults) else None
         self._arrived_s: dict[LinkId, float] = {}  # over physical links: when the last message came
-        self._gathering: dict[tuple[str, int, int, int], _Gathering] = {}
+        self._gathering: dict[tuple[str, int, int, str, int], _Gathering] = {}
         self._lock = threading.Lock()
         self._noise: dict[str, Uniforms] = {}
         self.refusals: deque[str] = deque()
+        self._spoilt: dict[Version, str] = {}
         self._slots = self._make_slots()
         self._send = Timeline(self.clock, "send", self.failed)
         self._source: SourceCell | None = None
@@ -128,12 +130,17 @@ class NodeCell:
         self._send.close()
         return used
 
-    def start(self, requests: Sequence[Request], policy: Policy, end_s: float) -> None:
+    def start(self, requests: Sequence[Request], policy: Policy, end_s: float, versions: Mapping[str, str]) -> None:
         """Requests arise here."""
         self._source = SourceCell(
-            self.name, self.testbed, self.cell, self.clock, self._compile, policy, self._pace, self._begin, self.failed
-        )
+            self.name, self.testbed, self.cell, self.clock, self._compile, policy, versions,
+            self._pace, self._begin, self.failed,
+        )  # fmt: skip
         self._source.start(requests, end_s)
+
+    def use(self, model: str, version: str) -> None:
+        if self._source is not None:
+            self._source.use(model, version)
 
     def node_is(self, node: str, up: bool) -> None:
         if self._source is not None:
@@ -162,19 +169,21 @@ class NodeCell:
     def collect(self) -> Collected:
         records, decisions, done = ([], [], True) if self._source is None else self._source.collect()
         refusals = [self.refusals.popleft() for _ in range(len(self.refusals))]
-        return Collected(records, decisions, done, self.failure, refusals)
+        versions: frozenset[Version] = frozenset() if self._source is None else self._source.versions()
+        spoilt, self._spoilt = self._spoilt, {}
+        return Collected(records, decisions, done, self.failure, refusals, spoilt, versions)
 
     def _pace(self, begun_s: float, cpu_s: float) -> float:
         """When work that began at that time is over on this node; it took so long on a processor of the host."""
         return self.clock.now_s if self._node.physical else begun_s + cpu_s * self._node.slowdown
 
-    def _begin(self, action: Start, since_s: float, begin_s: float) -> None:
+    def _begin(self, action: Start, version: str, since_s: float, begin_s: float) -> None:
         """Carry out a plan that was decided on from one time to the other."""
         spans = took(Kind.DECIDE, self.name, since_s, begin_s, action.attempt)
         letter = Letter(
-            self.cell.id, action.compiled.plan, action.request, action.attempt, -1, 0, begin_s, spans, overruns=0
+            self.cell.id, action.compiled.plan, action.request, action.attempt, version, -1, 0, begin_s, spans, 0
         )
-        payload, _ = self.server.payload(action.request)
+        payload, _ = self.server.payload(action.request, version)
         self._send_all(action.compiled, -1, letter, payload, begin_s)
 
     # Messages
@@ -278,6 +287,7 @@ class NodeCell:
         """Nothing comes of a letter: its source has to know, and the driver."""
         said = f"{self.name} {why}"[:_SAID]
         self.refusals.append(said)
+        self._spoilt[letter.request.model, letter.version] = said
         self.server.note(letter.request.source, "lost", letter, said)
 
     def _stamped(self, letter: Letter, message: Message) -> Letter:
@@ -300,7 +310,7 @@ class NodeCell:
     def _arrived(self, compiled: Compiled, message: Message, letter: Letter, tensors: Tensors) -> None:
         """Tensors for a stage here, ready at `letter.at_s`; when all that it waits for is known, it can run."""
         stage = message.target
-        key = (letter.request.source, letter.number, letter.attempt, stage)
+        key = (letter.request.source, letter.number, letter.attempt, letter.version, stage)
         with self._lock:
             gathering = self._gathering.get(key)
             if gathering is None:
@@ -324,6 +334,7 @@ class NodeCell:
         self._slots.submit(
             Job(
                 compiled.plan.stages[stage].part,
+                letter.version,
                 gathering.tensors,
                 letter.request,
                 letter.attempt,
@@ -343,9 +354,13 @@ class NodeCell:
 
         def compare() -> None:
             now_s = self.clock.now_s
-            _, expected = self.server.payload(request)
+            try:
+                _, expected = self.server.payload(request, letter.version)
+            except CannotRun as gone:  # of an attempt that was given up; its version has gone since
+                self._refuse(letter, str(gone))
+                return
             error, correct = _compare(gathering.tensors, expected, gathering.tolerance, lossy=bool(letter.plan.codecs))
-            answer = Answer(tuple(gathering.spans.values()), correct, error, gathering.overruns)
+            answer = Answer(tuple(gathering.spans.values()), correct, error, gathering.overruns, letter.version)
             source.answered(request, letter.attempt, answer, now_s)
 
         source.at(gathering.ready_s, compare)
@@ -363,11 +378,11 @@ class NodeCell:
 
     def _takes(self, shaped: Shaped) -> tuple[float, float]:
         """The memory that a session takes on the host; how long it takes to load is seen when it is."""
-        part, size = shaped
+        part, _, size = shaped
         return self.testbed.models[part.model].memory_bytes(part, size), 0.0
 
-    def _load(self, part: Part, size: int) -> tuple[Together, bool]:
-        session, load_s = self.server.residents.session(part, size)
+    def _load(self, part: Part, version: str, size: int) -> tuple[Together, bool]:
+        session, load_s = self.server.residents.session(part, version, size)
         model = self.testbed.models[part.model]
 
         def run(feeds: Sequence[Tensors]) -> Sequence[Tensors]:
@@ -378,9 +393,9 @@ class NodeCell:
 
         return run, load_s > 0
 
-    def _compute(self, part: Part, tensors: Tensors) -> tuple[Tensors, float, float]:
+    def _compute(self, part: Part, version: str, tensors: Tensors) -> tuple[Tensors, float, float]:
         """Outputs, CPU seconds, CPU seconds of loading."""
-        session, load_s = self.server.residents.session(part)
+        session, load_s = self.server.residents.session(part, version)
         try:
             outputs, cpu_s = session.timed(tensors)
         except Exception as error:  # such as an index out of range: a runtime has errors of its own

@@ -16,12 +16,14 @@ import numpy as np
 from isthmus.policies.contract import Policy
 from isthmus.policies.records import Outcome, Record
 from isthmus.real.fleet import Fleet
-from isthmus.real.letters import Cell
+from isthmus.real.letters import Cell, Version
 from isthmus.real.power import Energy
 from isthmus.real.pressure import Pressure, stalled_share
+from isthmus.real.rollout import Rollouts
 from isthmus.workloads.affliction import check_place
 from isthmus.workloads.faults import Fault, NodeFault, merged
 from isthmus.workloads.requests import Request
+from isthmus.workloads.updates import Update
 
 _LEAD_S = 0.3
 """From opening a cell on the actors to its time 0."""
@@ -63,20 +65,24 @@ def run_cell(
     seed: int,
     name: str = "policy",
     faults: Sequence[Fault] = (),
+    updates: Sequence[Update] = (),
     drain_s: float = 60.0,
     ground: Ground | None = None,
     decided: Callable[[Mapping[str, Any]], None] | None = None,
+    updated: Callable[[Mapping[str, Any]], None] | None = None,
     tick: Tick | None = None,
 ) -> Driven:
     """Run one policy's requests in real time; `sink` gets each record soon after it was closed.
 
     Every request gets exactly one record, also those whose source dies: they have failed. A node whose actor dies
-    without being told to is started anew. Raises PolicyFailure when a policy raises or plans the impossible,
-    RunFailure when an actor breaks.
+    without being told to is started anew. `updated` is told at the end what became of each update. Raises PolicyFailure
+    when a policy raises or plans the impossible, RunFailure when an actor breaks.
     """
     for fault in faults:
         check_place(fault, fleet.testbed)
     faults = merged(faults)
+    asked = {source: {request.model for request in of} for source, of in requests.items()}
+    rollouts = Rollouts(fleet, asked, updates)
     fleet.read_clocks()
     lead_s = _LEAD_S
     while True:
@@ -89,10 +95,15 @@ def run_cell(
         lead_s = _LEAD_S + 2 * late_s  # opening took long on a busy host: begin anew, with nothing lost
     if ground is not None:
         ground.begin(epoch, seed, faults)
-    driving = _Driving(fleet, cell, requests, policies, sink, faults, drain_s, ground, decided, tick)
+    driving = _Driving(fleet, cell, requests, policies, sink, faults, rollouts, drain_s, ground, decided, tick)
     for source in requests:
         driving.start(source)
-    return driving.drive()
+    try:
+        return driving.drive()
+    finally:
+        if updated is not None:
+            for row in rollouts.rows:
+                updated(row)
 
 
 def at_host(cell: Cell, fleet: Fleet, node: str) -> Cell:
@@ -111,6 +122,7 @@ class _Driving:
         policies: Mapping[str, Policy],
         sink: Callable[[Record], None],
         faults: Sequence[Fault],
+        rollouts: Rollouts,
         drain_s: float,
         ground: Ground | None,
         decided: Callable[[Mapping[str, Any]], None] | None,
@@ -118,6 +130,8 @@ class _Driving:
     ) -> None:
         self.fleet, self.cell, self.requests, self.policies = fleet, cell, requests, policies
         self.sink, self.ground, self.decided, self.tick = sink, ground, decided, tick
+        self.rollouts = rollouts
+        self.under_way: dict[str, frozenset[Version]] = {}
         self.end_s = max((r[-1].arrival_s for r in requests.values() if r), default=0.0) + drain_s
         self.closed: dict[str, set[int]] = {source: set() for source in requests}
         self.running: set[str] = set()
@@ -126,30 +140,33 @@ class _Driving:
         self.live = _Live()
         nodes = [fault for fault in faults if isinstance(fault, NodeFault)]
         self.falls = sorted(((f.down, f.node, f.up) for f in nodes), key=lambda fall: fall[:2])
-        self.reviving: dict[str, tuple[Any, float]] = {}  # what to wait for, and not to come before when
+        self.reviving: dict[str, float] = {}  # not to come before when
 
     def start(self, source: str, after_s: float = 0.0) -> None:
         """Let a source's requests arise, those after some time; earlier ones that are open have failed."""
         for request in self._open(source):
             if request.arrival_s < after_s:
                 self._keep(_lost(request, Outcome.FAILED, f"source {source} down"))
-        self.fleet.call(source, "start", self._open(source), self.policies[source], self.end_s)
+        requests, policy = self._open(source), self.policies[source]
+        self.fleet.call(source, "start", requests, policy, self.end_s, self.rollouts.versions)
         self.running.add(source)
+        self.under_way.pop(source, None)
         for node in self.fleet.testbed.nodes:
             if node not in self.fleet.alive:
                 self.fleet.call(source, "node_is", node, False)
 
     def drive(self) -> Driven:
         try:
-            while self.running or self._awaits_a_source():
+            while self._goes_on():
                 self._let_fall()
                 self._notice_deaths()
                 self._welcome()
                 for node in self.fleet.alive:
                     self._collect(node)
+                self.rollouts.step(self._now_s, {node: self.under_way.get(node, frozenset()) for node in self.running})
                 if self.tick is not None:
                     self.tick(sum(map(len, self.closed.values())), self.live.text())
-                time.sleep(self._pause_s() if self.running or self._awaits_a_source() else 0.0)
+                time.sleep(self._pause_s() if self._goes_on() else 0.0)
             self._give_up(Outcome.FAILED, "source down")
         except KeyboardInterrupt:
             for source in list(self.running):
@@ -177,13 +194,17 @@ class _Driving:
     def _open(self, source: str) -> list[Request]:
         return [r for r in self.requests[source] if r.number not in self.closed[source]]
 
+    def _goes_on(self) -> bool:
+        return bool(self.running) or self._awaits_a_source() or self.rollouts.going
+
     def _awaits_a_source(self) -> bool:
         """Whether a source that is away will be back with requests to make."""
         return self._now_s < self.end_s and any(self._open(node) for node in self.reviving if node in self.requests)
 
     def _pause_s(self) -> float:
-        due = [fall[0] for fall in self.falls[:1]] + [at_s for _, at_s in self.reviving.values() if at_s > self._now_s]
-        soon_s = 0.05 if self.reviving else _COLLECT_S
+        due = [fall[0] for fall in self.falls[:1]] + [at_s for at_s in self.reviving.values() if at_s > self._now_s]
+        due += [] if self.rollouts.going else [self.rollouts.next_s]
+        soon_s = 0.05 if self.reviving or self.rollouts.going else _COLLECT_S
         return max(0.0, min([soon_s, *(at_s - self._now_s for at_s in due)]))
 
     # Nodes that go and come
@@ -203,16 +224,18 @@ class _Driving:
                 if self.ground is not None:
                     self.ground.restart(node)
                 # It takes seconds to start, so that begins now; it is let in when it is due.
-                self.reviving[node] = self.fleet.revive(node), up
+                self.fleet.revive(node)
+                self.reviving[node] = up
 
     def _notice_deaths(self) -> None:
         for node in self.fleet.died():
             self._tell(node, up=False)
-            self.reviving[node] = self.fleet.revive(node), 0.0
+            self.fleet.revive(node)
+            self.reviving[node] = 0.0
 
     def _welcome(self) -> None:
-        for node, (ready, at_s) in list(self.reviving.items()):
-            if self._now_s < at_s or not self.fleet.ray.wait([ready], timeout=0)[0]:
+        for node, at_s in list(self.reviving.items()):
+            if not self.fleet.is_ready(node) or self._now_s < at_s:
                 continue
             del self.reviving[node]
             self.fleet.welcome(node)
@@ -241,6 +264,8 @@ class _Driving:
             for decision in collected.decisions:
                 self.decided(decision)
         self.refusals.update(collected.refusals)
+        self.under_way[node] = collected.versions
+        self.rollouts.hear(collected.spoilt)
         if collected.done and node in self.running:
             self.running.discard(node)
 
@@ -255,6 +280,7 @@ class _Driving:
             self.closed[record.source].add(record.number)
             self.overruns += bool(record.overruns)
             self.live.see(record)
+            self.rollouts.see(record)
             self.sink(record)
 
 

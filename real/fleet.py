@@ -6,7 +6,7 @@ Knows Ray's actors and where they run. What goes on in a cell is in `drive.py` a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -15,16 +15,28 @@ from typing import Any
 from isthmus.policies.plan import Plan
 from isthmus.real.clocks import Offset, Reading, offset
 from isthmus.real.cluster import ActorGone, on_this_machine, results, start_actor
+from isthmus.real.letters import Version
 from isthmus.real.model_files import packed
 from isthmus.real.node import NodeServer
+from isthmus.real.release import Release
 from isthmus.workloads.cluster import resource
-from isthmus.workloads.errors import RunFailure
+from isthmus.workloads.errors import IsthmusError, RunFailure
 from isthmus.workloads.model import Part
 from isthmus.workloads.profile import Machine
 from isthmus.workloads.testbed import Testbed
 
 _PATIENCE_S = 120
 _READINGS = 12
+
+
+@dataclass
+class _Spare:
+    """An actor that is being made ready to take its node's place."""
+
+    actor: Any
+    asked: list[Any]
+    """What it was asked to do before."""
+    staging: Version | None = None
 
 
 @dataclass
@@ -40,12 +52,17 @@ class Fleet:
     """By node: how its host's clock differs from this one's."""
     _actors: dict[str, Any] = field(default_factory=dict)
     _watches: dict[Any, str] = field(default_factory=dict)
-    _spares: dict[str, Any] = field(default_factory=dict)
+    _spares: dict[str, _Spare] = field(default_factory=dict)
     _shared: Any = None
     _files: Any = None
     _cells: Any = field(default_factory=count)
     _loaded: dict[str, frozenset[Part]] = field(default_factory=dict)
     _answers: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _offers: dict[Version, tuple[Release, Any]] = field(default_factory=dict)
+    _staged: dict[str, set[Version]] = field(default_factory=lambda: defaultdict(set))
+    _retired: set[Version] = field(default_factory=set)
+    broken: dict[Version, str] = field(default_factory=dict)
+    """Versions that did not work where a node came back, and why."""
 
     def __post_init__(self) -> None:
         self._check_hosts()
@@ -57,7 +74,7 @@ class Fleet:
         self._introduce()
 
     def close(self) -> None:
-        for actor in (*self._actors.values(), *self._spares.values()):
+        for actor in (*self._actors.values(), *(spare.actor for spare in self._spares.values())):
             self.ray.kill(actor)
         self._actors.clear()
         self._spares.clear()
@@ -69,7 +86,13 @@ class Fleet:
         self.close()
 
     def prepare(self, plans: Iterable[Plan], sources: Mapping[str, str], seed: int) -> None:
-        """Load and warm what these plans need, and the answers that `sources` (node: model) compare with."""
+        """Load and warm what these plans need, and the answers that `sources` (node: model) compare with.
+
+        Models are in the version that the testbed has, whatever was rolled out before.
+        """
+        if self._offers or self._retired:
+            for of in (self._offers, self._staged, self._retired, self.broken, self._loaded, self._answers):
+                of.clear()
         self._heal()
         wanted: dict[str, set[Part]] = defaultdict(set)
         for plan in plans:
@@ -144,21 +167,94 @@ class Fleet:
             del self._actors[node]
         return gone
 
-    def revive(self, node: str) -> Any:
-        """Begin to start a fresh actor for a node, with the same parts resident; what to wait for.
+    def revive(self, node: str) -> None:
+        """Begin to start a fresh actor for a node, with the same parts resident and the versions that are on offer.
 
-        It takes seconds, and longer where the whole machine has to come back; `welcome` lets it in.
+        It takes seconds, and longer where the whole machine has to come back; `welcome` lets it in when it `is_ready`.
         """
-        actor = self._spares[node] = self._start(node)
-        actor.load.remote(sorted(self._loaded.get(node, ()), key=_order))
+        actor = self._start(node)
+        parts = [p for p in self._loaded.get(node, ()) if self._first(p.model) not in self._retired]
+        asked = [actor.ready.remote(), actor.load.remote(sorted(parts, key=_order))]
         if node in self._answers:
-            actor.prepare_answers.remote(*self._answers[node])
-        return actor.ready.remote()
+            asked.append(actor.prepare_answers.remote(*self._answers[node]))
+        self._staged.pop(node, None)
+        self._spares[node] = _Spare(actor, asked)
+
+    def is_ready(self, node: str) -> bool:
+        """Whether a revived actor can be let in. Calling it again and again is what makes it ready."""
+        spare = self._spares[node]
+        while self.are_done(spare.asked):
+            try:
+                self._get(spare.asked)
+            except ActorGone:
+                raise
+            except IsthmusError as error:
+                if spare.staging is None:
+                    raise
+                self.broken[spare.staging] = f"{node}: {error}"
+            if spare.staging in self._offers:
+                self._staged[node].add(spare.staging)
+            lacking = [version for version in self._offers if version not in self._staged[node]]
+            if not lacking:
+                return True
+            spare.staging = lacking[0]
+            spare.asked = [self._stage(spare.actor, node, spare.staging)]
+        return False
 
     def welcome(self, node: str) -> None:
         """Let a revived actor take its node's place."""
-        self._join(node, self._spares.pop(node))
+        self._join(node, self._spares.pop(node).actor)
         self._introduce(node)
+
+    # Versions of models: which is used where, `rollout.py` decides
+
+    def parts_of(self, model: str) -> set[Part]:
+        """What was loaded of a model, anywhere."""
+        return {part for parts in self._loaded.values() for part in parts if part.model == model}
+
+    def offer(self, release: Release) -> None:
+        """A version that every node shall have: who is here when it is staged, others before they are let in."""
+        version = release.model.name, release.model.version
+        self._offers[version] = release, self.ray.put(release.files)
+        self._retired.discard(version)
+        self.broken.pop(version, None)
+
+    def lacking(self, version: Version) -> str | None:
+        """The next node that does not have a version."""
+        return next((node for node in self._actors if version not in self._staged[node]), None)
+
+    def stage(self, node: str, version: Version) -> Any:
+        """Begin to give a node a version; what to wait for, and then tell `staged`."""
+        return self._stage(self._actors[node], node, version)
+
+    def staged(self, node: str, version: Version, done: Any) -> None:
+        """A node has been given a version. Raises why that failed."""
+        self._get([done])
+        self._staged[node].add(version)
+
+    def withdraw(self, version: Version) -> None:
+        """A version is wanted no longer: nodes forget it."""
+        self._offers.pop(version, None)
+        self._retired.add(version)
+        for staged in self._staged.values():
+            staged.discard(version)
+        for actor in (*self._actors.values(), *(spare.actor for spare in self._spares.values())):
+            actor.forget.remote(*version)
+
+    def are_done(self, references: Sequence[Any]) -> bool:
+        """Whether actors have done what they were asked, or are gone."""
+        return not references or not self.ray.wait(list(references), num_returns=len(references), timeout=0)[1]
+
+    def _stage(self, actor: Any, node: str, version: Version) -> Any:
+        release, files = self._offers[version]
+        mine = self._loaded.get(node, frozenset())
+        probes = {part: probe for part, probe in release.probes.items() if part in mine}
+        model, seed = self._answers.get(node, (None, None))
+        return actor.stage.remote(release.model, files, probes, seed if model == version[0] else None)
+
+    def _first(self, model: str) -> Version:
+        """The version that the testbed has."""
+        return model, self.testbed.models[model].version
 
     def _heal(self) -> None:
         """Fresh actors for nodes that are gone, so that a fault of one cell does not reach into the next."""
@@ -167,10 +263,11 @@ class Fleet:
         for node in missing:
             self._loaded.pop(node, None)
             self._answers.pop(node, None)
-        ready = [self.revive(node) for node in missing if node not in self._spares]
-        self._get(ready)
         for node in missing:
-            self._get([self._spares[node].ready.remote()])
+            if node not in self._spares:
+                self.revive(node)
+        for node in missing:
+            self._get(self._spares[node].asked)
             self.welcome(node)
 
     def _check_hosts(self) -> None:

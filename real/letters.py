@@ -48,6 +48,8 @@ class Letter:
     plan: Plan
     request: Request
     attempt: int
+    version: str
+    """Of the request's model: every part that this attempt needs is computed with it."""
     message: int
     hop: int
     at_s: float
@@ -61,6 +63,10 @@ class Letter:
         return self.request.number
 
 
+Version = tuple[str, str]
+"""A model's name, and which version of it."""
+
+
 @dataclass
 class Collected:
     """What a source hands over now and then."""
@@ -72,6 +78,10 @@ class Collected:
     failure: BaseException | None
     refusals: list[str]
     """What was wrong with messages that the actor did not take."""
+    spoilt: Mapping[Version, str]
+    """Versions of which an attempt has come to nothing here, and why."""
+    versions: frozenset[Version]
+    """What attempts at requests that are open were begun with."""
 
 
 def took(
@@ -95,8 +105,8 @@ _read_plan = lru_cache(maxsize=4096)(Plan.from_json)
 def letter_to(letter: Letter, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> bytes:
     """As it goes over the wire."""
     said = [
-        letter.cell, letter.plan.to_json(), letter.request, letter.attempt, letter.message, letter.hop, letter.at_s,
-        letter.spans, letter.overruns, shapes, letter.tolerance,
+        letter.cell, letter.plan.to_json(), letter.request, letter.attempt, letter.version, letter.message,
+        letter.hop, letter.at_s, letter.spans, letter.overruns, letter.tolerance, shapes,
     ]  # fmt: skip
     return json.dumps(said).encode()
 
@@ -104,13 +114,15 @@ def letter_to(letter: Letter, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> 
 def letter_from(content: bytes) -> tuple[Letter, Shapes]:
     """What `letter_to` wrote. InputError for anything else; whether its plan is possible, its receiver finds out."""
     try:
-        cell, plan, request, attempt, message, hop, at_s, spans, overruns, shapes, tolerance = json.loads(content)
+        cell, plan, request, attempt, version, message, hop, at_s, spans, overruns, tolerance, shapes = json.loads(
+            content
+        )
         letter = Letter(
-            _whole(cell), _read_plan(plan), _request(request), _whole(attempt), _whole(message), _whole(hop),
-            _number(at_s), tuple(map(_span, spans)), _whole(overruns), _number(tolerance),
+            _whole(cell), _read_plan(plan), _request(request), _whole(attempt), _text(version), _whole(message),
+            _whole(hop), _number(at_s), tuple(map(_span, spans)), _whole(overruns), _number(tolerance),
         )  # fmt: skip
         return letter, [(_dtype(dtype), tuple(map(_whole, shape))) for dtype, shape in shapes]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, OverflowError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"not a letter: {type(error).__name__}: {error}") from None
 
 

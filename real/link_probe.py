@@ -64,7 +64,7 @@ class LinkEnd:
         for number, size, gap_s in zip(numbers, sizes, gaps_s, strict=True):
             values = np.zeros(size, dtype=np.uint8)
             request = Request(number, "probe", "probe", 0.0)
-            letter = Letter(-1, Plan(()), request, 0, 0, 0, 0.0, (), 0)
+            letter = Letter(-1, Plan(()), request, 0, "", 0, 0, 0.0, (), 0)
             time.sleep(gap_s)
             went_s.append(time.monotonic())
             self._wire.send(peer, letter, [values])

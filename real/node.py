@@ -12,24 +12,24 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 from isthmus.policies.contract import Policy
 from isthmus.real.backend import backend
-from isthmus.real.cell import NodeCell
+from isthmus.real.cell import TOLERANCE, NodeCell
 from isthmus.real.clocks import Reading, reading
 from isthmus.real.cluster import own_address
-from isthmus.real.letters import Cell, Collected, Letter, Tensors
+from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version
 from isthmus.real.model_files import Files, unpacked
 from isthmus.real.power import Energy, PowerLog
 from isthmus.real.pressure import Usage
 from isthmus.real.profiler import this_machine
-from isthmus.real.residents import Residents
+from isthmus.real.release import Probe, check, check_finite
+from isthmus.real.residents import Residents, absent
 from isthmus.real.session import Array, PartSession, random_input
 from isthmus.real.wire import Address, Wire
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.model import Part
+from isthmus.workloads.model import Model, Part
 from isthmus.workloads.profile import Machine
 from isthmus.workloads.requests import Request
 from isthmus.workloads.testbed import Testbed
@@ -49,10 +49,10 @@ class NodeServer:
         here = {n: unpacked(model, files[n]) for n, model in testbed.models.items()}
         self.name, self.testbed = name, replace(testbed, models=here)
         self.node = testbed.nodes[name]
-        self._sizes = self.node.batch.sizes if self.node.physical and self.node.batch is not None else (1,)
-        filed = self.node.physical and self.node.memory_bytes is not None
-        self.residents = Residents(self.testbed.models, self.node.backend, filed=filed)
-        self._references: dict[str, list[tuple[Tensors, Tensors]]] = {}
+        sizes = self.node.batch.sizes if self.node.physical and self.node.batch is not None else (1,)
+        limited = self.node.physical and self.node.memory_bytes is not None
+        self.residents = Residents(here, self.node.backend, sizes, filed=limited)
+        self._references: dict[Version, list[tuple[Tensors, Tensors]]] = {}
         self._cell: NodeCell | None = None
         self._power = PowerLog() if self.node.physical else None
         self._gone = threading.Event()
@@ -69,15 +69,48 @@ class NodeServer:
         self._wire.connect(peers)
 
     def load(self, parts: Sequence[Part]) -> None:
-        """Have exactly these parts resident and warm; where memory is limited, ready to be loaded."""
-        self.residents.prepare(product(parts, self._sizes))
+        """Have exactly these parts resident and warm, and of every model only the version that the testbed has.
+
+        Where memory is limited they are ready to be loaded.
+        """
+        for name, version in list(self._references):
+            if self.testbed.models[name].version != version:
+                del self._references[name, version]
+        self.residents.prepare(parts)
 
     def prepare_answers(self, model: str, seed: int) -> None:
         """Payloads for requests that arise here, and the whole model's answers to them."""
         of = self.testbed.models[model]
-        whole = PartSession(of, of.whole())  # in ONNX Runtime, whatever this node computes with
-        inputs = [random_input(of, i, seed) for i in range(PAYLOADS)]
-        self._references[model] = [(given, whole.run(given)) for given in inputs]
+        self._references[model, of.version] = self._answers(of, seed)
+
+    def stage(self, model: Model, files: Files, probes: Mapping[Part, Probe], seed: int | None) -> None:
+        """Have another version of a model beside what there is: all parts that are resident, warm and checked.
+
+        With a `seed` also its answers to the requests that arise here. RunFailure or InputError when it does not work.
+        """
+        here = unpacked(model, files)
+
+        def passes(session: PartSession) -> None:
+            if session.part in probes:
+                check(session, probes[session.part], max(TOLERANCE, self.tolerance))
+
+        staged = self.residents.stage(here, self.residents.parts(here.name) | probes.keys(), passes)
+        answers = [] if seed is None else self._answers(here, seed)
+        for _, expected in answers:
+            check_finite(expected, f"{here.name} {here.version}")
+        if answers:
+            self._references[here.name, here.version] = answers
+        self.residents.admit(staged)
+
+    def forget(self, model: str, version: str) -> None:
+        """Have a version no longer. Messages that want it are refused."""
+        self._references.pop((model, version), None)
+        self.residents.forget(model, version)
+
+    def use(self, model: str, version: str) -> None:
+        """Begin attempts at requests that arise here with this version from now on."""
+        if self._cell is not None:
+            self._cell.use(model, version)
 
     def open(self, cell: Cell) -> None:
         """Begin a cell: a clean state and a clock."""
@@ -89,10 +122,13 @@ class NodeServer:
         if self._power is not None:
             self._power.start()
 
-    def start(self, requests: Sequence[Request], policy: Policy, end_s: float) -> None:
-        """Requests will arise here, under this policy; what is open at `end_s` stays unfinished."""
+    def start(self, requests: Sequence[Request], policy: Policy, end_s: float, versions: Mapping[str, str]) -> None:
+        """Requests will arise here, under this policy; what is open at `end_s` stays unfinished.
+
+        Attempts begin with these versions, by model.
+        """
         assert self._cell is not None
-        self._cell.start(requests, policy, end_s)
+        self._cell.start(requests, policy, end_s, versions)
 
     def collect(self) -> Collected:
         """What was closed since the last call, and whether something went wrong."""
@@ -165,9 +201,17 @@ class NodeServer:
         """How far from ONNX Runtime's its answers may be: see `Backend`."""
         return backend(self.node.backend).tolerance
 
-    def payload(self, request: Request) -> tuple[Tensors, Tensors]:
-        """Inputs and reference answer of a request."""
-        return self._references[request.model][request.number % PAYLOADS]
+    def _answers(self, model: Model, seed: int) -> list[tuple[Tensors, Tensors]]:
+        whole = PartSession(model, model.whole())  # in ONNX Runtime, whatever this node computes with
+        inputs = [random_input(model, i, seed) for i in range(PAYLOADS)]
+        return [(given, whole.run(given)) for given in inputs]
+
+    def payload(self, request: Request, version: str) -> tuple[Tensors, Tensors]:
+        """Inputs of a request, and the whole model's answer to them."""
+        answers = self._references.get((request.model, version))
+        if answers is None:
+            raise absent(request.model, version)
+        return answers[request.number % PAYLOADS]
 
     def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None:
         """Pass a message on. One to a node that is gone is lost; its dispatcher learns of it from the driver."""

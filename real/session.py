@@ -16,7 +16,7 @@ from isthmus.real.backend import Array as Array
 from isthmus.real.backend import backend as find_backend
 from isthmus.real.cutter import Graph, graph_of
 from isthmus.workloads.errors import InputError, RunFailure
-from isthmus.workloads.model import Model, Part
+from isthmus.workloads.model import Model, Part, model_proto
 
 
 class PartSession:
@@ -90,6 +90,16 @@ class PartSession:
             if value.shape != tensor.shape or value.dtype.name != tensor.dtype:
                 problem = f"{self.part} was given {name!r} as {value.dtype.name} {list(value.shape)}"
                 raise InputError(problem, allowed=f"{tensor.dtype} {list(tensor.shape)}")
+
+
+def inside(model: Model, names: Iterable[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """What these tensors of the whole model are for these inputs in ONNX Runtime, also those that no output is."""
+    proto = model_proto(model)
+    outputs = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(v for v in proto.graph.value_info if v.name in set(names) - outputs)
+    wanted = [value.name for value in proto.graph.output]
+    loaded = find_backend().load(proto.SerializeToString(), threads=1, optimize=True)
+    return {**feeds, **dict(zip(wanted, loaded.run(feeds), strict=True))}
 
 
 def random_input(model: Model, index: int, seed: int) -> dict[str, Array]:

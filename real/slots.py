@@ -20,7 +20,6 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from isthmus.policies.records import Kind, Span
 from isthmus.real.letters import Tensors, took
-from isthmus.real.residents import Shaped
 from isthmus.real.timeline import Clock, Timeline
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.memory import Finish, Memory
@@ -30,17 +29,19 @@ from isthmus.workloads.requests import Request
 from isthmus.workloads.waiting import Batching, Waiting
 
 Item = TypeVar("Item")
-Compute = Callable[[Part, Tensors], tuple[Tensors, float, float]]
-"""Runs a part: its outputs, the CPU seconds of that, and those of loading it."""
+Shaped = tuple[Part, str, int]
+"""A part of a version of its model, and the requests at once that it is shaped for."""
+Compute = Callable[[Part, str, Tensors], tuple[Tensors, float, float]]
+"""Runs a part of a version of its model: its outputs, the CPU seconds of that, and those of loading it."""
 Together = Callable[[Sequence[Tensors]], Sequence[Tensors]]
 """Runs a part that is loaded, for one request or for several at once."""
-Load = Callable[[Part, int], tuple[Together, bool]]
+Load = Callable[[Part, str, int], tuple[Together, bool]]
 """Has a part ready for so many requests at once; whether it had to be loaded, or waited for, just now."""
 Result = Future[tuple[Tensors, float, float]]
 
 
 class CannotRun(InputError):
-    """A part does not run on the tensors of a job."""
+    """A part does not run on the tensors of a job, or is of a version that is not here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Job:
     """
 
     part: Part
+    version: str
     tensors: Tensors
     request: Request
     attempt: int
@@ -95,15 +97,18 @@ class _Begun(NamedTuple, Generic[Item]):
 class _Line(Generic[Item]):
     """The jobs at a node: how many it takes, which begin together, and what they need in its memory.
 
-    Who is next waits for memory at the head of the line: nobody overtakes. `size` says which session a batch runs in.
+    Who is next waits for memory at the head of the line: nobody overtakes. `session` says which one runs so many jobs
+    like this one.
     """
 
-    def __init__(self, node: Node, finish: Finish, memory: Memory[Shaped] | None, size: Callable[[int], int]) -> None:
+    def __init__(
+        self, node: Node, finish: Finish, memory: Memory[Shaped] | None, session: Callable[[Job, int], Shaped]
+    ) -> None:
         self._room = math.inf if node.room is None else node.room
         self._most = 1 if node.batch is None else node.batch.size
-        self._finish, self._memory, self._size = finish, memory, size
+        self._finish, self._memory, self._session = finish, memory, session
         self._held = 0
-        self._waiting: Waiting[tuple[Job, Item]] = (
+        self._waiting: Waiting[tuple[Part, str], tuple[Job, Item]] = (
             Waiting(node.discipline) if node.batch is None else Batching(node.discipline, node.batch)
         )
 
@@ -112,7 +117,7 @@ class _Line(Generic[Item]):
         if self._held >= self._room:
             return False
         self._held += 1
-        self._waiting.push((job, item), job.part, job.request, job.ready_s)
+        self._waiting.push((job, item), (job.part, job.version), job.request, job.ready_s)
         return True
 
     def begin(self, now_s: float) -> _Begun[Item] | None:
@@ -120,7 +125,7 @@ class _Line(Generic[Item]):
         queue = self._waiting.next(now_s)
         if queue is None:
             return None
-        needs = queue[0].part, self._size(min(len(queue), self._most))
+        needs = self._session(queue[0].item[0], min(len(queue), self._most))
         if self._memory is not None and not self._memory.admits(needs):
             return None
         entries = self._waiting.take(queue)
@@ -157,7 +162,7 @@ class EmulatedSlots:
     ) -> None:
         self._node, self._clock, self._compute, self._factor = node, clock, compute, factor
         self._finish: Finish = _at_once if node.speed is None else node.speed.finish_s
-        self._line = _Line[Result](node, self._finish, memory, lambda together: 1)
+        self._line = _Line[Result](node, self._finish, memory, lambda job, together: (job.part, "", 1))
         self._loads = memory is not None
         self._idle_since_s = [0.0] * node.slots  # of the slots that are free on the emulated hardware
         self._wake_s = math.inf
@@ -165,7 +170,7 @@ class EmulatedSlots:
         self._commit = Timeline(clock, "commit", failed)
 
     def submit(self, job: Job) -> None:
-        result = self._pool.submit(self._compute, job.part, job.tensors)
+        result = self._pool.submit(self._compute, job.part, job.version, job.tensors)
         self._commit.at(job.ready_s, partial(self._ready, job, result))
 
     def close(self) -> None:
@@ -273,7 +278,12 @@ class HostSlots:
     ) -> None:
         self._node, self._clock, self._load, self._keep, self._failed = node, clock, load, keep, failed
         sizes = (1,) if node.batch is None else node.batch.sizes
-        self._line = _Line[None](node, _at_once, memory, lambda together: next(n for n in sizes if n >= together))
+        self._line = _Line[None](
+            node,
+            _at_once,
+            memory,
+            lambda job, together: (job.part, job.version, next(n for n in sizes if n >= together)),
+        )
         self._memory = memory
         self._changed = threading.Condition()
         self._closed = False
@@ -328,7 +338,12 @@ class HostSlots:
                     self._changed.notify_all()
 
     def _work(self, begun: _Begun[None]) -> None:
-        run, waited = self._load(*begun.needs)
+        try:
+            run, waited = self._load(*begun.needs)
+        except CannotRun as error:
+            for job, _ in begun.jobs:
+                job.broke(error)
+            return
         loaded_s = self._clock.now_s if waited else begun.begun_s
         done = _outputs(run, [job for job, _ in begun.jobs])
         end_s = self._clock.now_s

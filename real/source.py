@@ -5,9 +5,10 @@ Knows the dispatcher and time. Must not know how messages travel, Ray or ONNX Ru
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from isthmus.policies.contract import Policy, View, decision_row, is_oracle
 from isthmus.policies.dispatch import Action, Answer, Compiler, Dispatcher, Start, Timer
 from isthmus.policies.plan import Plan
 from isthmus.policies.records import Record, Span
-from isthmus.real.letters import Cell
+from isthmus.real.letters import Cell, Version
 from isthmus.real.timeline import Clock, Timeline
 from isthmus.workloads.faults import LinkFault
 from isthmus.workloads.requests import Request
@@ -25,7 +26,9 @@ Item = TypeVar("Item")
 
 
 class SourceCell:
-    """`begin` carries out a plan: since when it was decided on, and when that was done.
+    """`begin` carries out a plan with a version of its model: since when it was decided on, and when that was done.
+
+    `versions` are those to begin attempts with, by model, until it is told to `use` others.
 
     `pace` says when work that began at a time and took so many CPU seconds here is over on this node.
     """
@@ -38,8 +41,9 @@ class SourceCell:
         clock: Clock,
         compiler: Compiler,
         policy: Policy,
+        versions: Mapping[str, str],
         pace: Callable[[float, float], float],
-        begin: Callable[[Start, float, float], None],
+        begin: Callable[[Start, str, float, float], None],
         failed: Callable[[BaseException], None],
     ) -> None:
         self._dispatcher = Dispatcher(name, policy, testbed, compiler, name=cell.name, watch=self._decided)
@@ -49,6 +53,9 @@ class SourceCell:
         self._records: deque[Record] = deque()
         self._decisions: deque[tuple[Request, int, View, Plan]] = deque()
         self._left = 0
+        self._use = dict(versions)
+        self._begun: dict[int, set[Version]] = {}  # of requests that are open
+        self._versions = threading.Lock()
         self._asked: dict[int, Request] = {}
 
     def start(self, requests: Sequence[Request], end_s: float) -> None:
@@ -72,6 +79,16 @@ class SourceCell:
         done = self._left == 0  # read first: what closed the last request is in the queue by then
         decisions = [decision_row(*decision) for decision in _drained(self._decisions)]
         return _drained(self._records), decisions, done
+
+    def use(self, model: str, version: str) -> None:
+        """Begin attempts with this version from now on."""
+        with self._versions:
+            self._use[model] = version
+
+    def versions(self) -> frozenset[Version]:
+        """With which the answers may still come."""
+        with self._versions:
+            return frozenset(version for begun in self._begun.values() for version in begun)
 
     def asked(self, request: Request) -> bool:
         """Whether this is one of its requests."""
@@ -127,12 +144,22 @@ class SourceCell:
             match action:
                 case Start():
                     free = self._decides_for_free or not action.decided
-                    self._begin(action, since_s, since_s if free else self._pace(since_s, thought_s))
+                    begin_s = since_s if free else self._pace(since_s, thought_s)
+                    self._begin(action, self._version(action.request), since_s, begin_s)
                 case Timer(at_s, number, attempt):
                     self._say(at_s, partial(self._dispatcher.timer, number, attempt))
                 case Record():
                     self._records.append(action)
+                    with self._versions:
+                        self._begun.pop(action.number, None)
                     self._left -= 1
+
+    def _version(self, request: Request) -> str:
+        """Of an attempt at a request that begins now."""
+        with self._versions:
+            version = self._use[request.model]
+            self._begun.setdefault(request.number, set()).add((request.model, version))
+            return version
 
 
 def _drained(queue: deque[Item]) -> list[Item]:

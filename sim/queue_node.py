@@ -60,7 +60,7 @@ class QueueNode(LimitedNode):
         self.memory, self.battery = memory, battery
         self._ended_at = (self._ended,)
         self._finish: Finish = _at_once if node.speed is None else node.speed.finish_s
-        self._waiting: Waiting[Work] = (
+        self._waiting: Waiting[Part, Work] = (
             Waiting(node.discipline) if node.batch is None else Batching(node.discipline, node.batch)
         )
         self._slots = (
@@ -107,7 +107,7 @@ class QueueNode(LimitedNode):
                     self._wake_s = due_s
                     self._clock.call(due_s, partial(self._woken, due_s))
                 return
-            if self.memory is not None and not self.memory.admits(queue[0].part):
+            if self.memory is not None and not self.memory.admits(queue[0].key):
                 return
             self._begin(waiting.take(queue), now_s)
 
@@ -116,9 +116,9 @@ class QueueNode(LimitedNode):
             self._wake_s = math.inf
             self._begin_all(now_s)
 
-    def _begin(self, jobs: list[Entry[Work]], now_s: float) -> None:
+    def _begin(self, jobs: list[Entry[Part, Work]], now_s: float) -> None:
         """A batch takes as long as its first job would, times its factor."""
-        part, (_, seconds) = jobs[0].part, jobs[0].item
+        part, (_, seconds) = jobs[0].key, jobs[0].item
         if len(jobs) > 1:
             seconds *= self._factor(part.model, len(jobs))
         loaded_s = now_s if self.memory is None else self.memory.use(part, now_s, self._finish)

@@ -545,7 +545,7 @@ class _Simulation:
 
     def _answered(self, token: Token) -> None:
         home, start, now = token.home, token.start, token.at_s
-        answer = NO_SPANS if token.spans is None else new(Answer, (token.spans, None, None, None))
+        answer = NO_SPANS if token.spans is None else new(Answer, (token.spans, None, None, None, None))
         self._carry_out(home, home.dispatcher.answer(start.request.number, start.attempt, answer, now), now)
 
     def _took(self, token: Token, kind: Kind, node: Place, start_s: float, end_s: float, stage: int) -> None:

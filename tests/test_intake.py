@@ -51,7 +51,7 @@ class Parcel:
         return [b"letter", json.dumps(self.said).encode(), *(array.tobytes() for array in self.arrays)]
 
 
-CELL, PLAN, REQUEST, ATTEMPT, MESSAGE, HOP, AT, SPANS, OVERRUNS, TOLERANCE, SHAPES = range(11)
+CELL, PLAN, REQUEST, ATTEMPT, VERSION, MESSAGE, HOP, AT, SPANS, OVERRUNS, TOLERANCE, SHAPES = range(12)
 """Places in what a letter says."""
 
 
@@ -76,7 +76,7 @@ def valid(testbed: Testbed) -> Callable[..., Parcel]:
         request = Request(number, "device", "chain", 1.0, 1.5)
         spans = (Span(Kind.COMPUTE, "device", 1.0, 1.02, 1, 0), Span(Kind.SEND, "device>edge", 1.02, 1.04, 1, 0, 4096))
         at = compiled.messages.index(message), message.path.index(HERE)
-        letter = Letter(cell, plan, request, 1, *at, 1.1, spans, 0)
+        letter = Letter(cell, plan, request, 1, model.version, *at, 1.1, spans, 0)
         return Parcel(json.loads(letter_to(letter, [(a.dtype.str, a.shape) for a in arrays])), arrays)
 
     return make
@@ -129,6 +129,7 @@ SPOILT: dict[int, list[Any]] = {
         [0, "device", "chain", float("nan"), None, None, 0],
     ],
     ATTEMPT: [0, -1, 99, 2**52, 1.0, "1", None, [1]],
+    VERSION: [None, True, 7, 0.5, [], {}],
     MESSAGE: [-1, 99, 2**52, 1.0, "1", None, [1]],
     HOP: [-1, 0, 1, 3, 99, "2", None],
     AT: [float("nan"), float("inf"), -1e9, 1e300, "1", None, [], True],
@@ -408,7 +409,8 @@ def _letter(testbed: Testbed, plan: Plan, source: int, target: int) -> Letter:
     [model] = testbed.models
     messages = Compiler(testbed)(plan, model, "device").messages
     [(number, message)] = [(i, m) for i, m in enumerate(messages) if (m.source, m.target) == (source, target)]
-    return Letter(0, plan, Request(0, "device", model, 0.0), 1, number, len(message.links), 0.0, (), 0)
+    version = testbed.models[model].version
+    return Letter(0, plan, Request(0, "device", model, 0.0), 1, version, number, len(message.links), 0.0, (), 0)
 
 
 def test_a_message_that_comes_twice_is_taken_once(synthetic):
@@ -467,3 +469,24 @@ def test_tensors_that_a_part_cannot_be_run_on_cost_their_request_only(physical, 
         assert len(collected.refusals) == 2
         assert all("cannot run" in said for said in collected.refusals)
         assert [t[:2] for t in told if t[1] == "lost"] == [("device", "lost")] * 2
+
+
+def test_a_version_that_is_not_here_costs_its_request_only(synthetic):
+    testbed = synthetic(NODES)
+    model = testbed.models["chain"]
+    letter = _letter(testbed, split(model, (2,), ("device", HERE)), 0, 1)
+    [name] = model.cuts[2].crossing
+    values = np.zeros(model.tensors[name].shape, np.float32)
+    with _alone(HERE, testbed) as server:
+        sent: list[Letter] = []
+        server.send = lambda node, letter, arrays: sent.append(letter)  # type: ignore[method-assign]
+        server._delivered(replace(letter, version="0" * 12), [values])
+        server._delivered(replace(letter, request=letter.request._replace(number=1)), [values])
+        until = time.monotonic() + 10
+        while not sent and time.monotonic() < until:
+            time.sleep(0.01)
+        collected = server.collect()
+        assert [(it.number, it.version) for it in sent] == [(1, model.version)]
+        assert collected.failure is None
+        assert collected.refusals == [f"{HERE} has no version {'0' * 12} of chain"]
+        assert list(collected.spoilt) == [("chain", "0" * 12)]

@@ -181,7 +181,7 @@ def wires():
 def letter(number: int = 0) -> Letter:
     from isthmus.policies.plan import Plan
 
-    return Letter(1, Plan(()), Request(number, "a", "chain", 0.5), 1, 0, 1, 0.25, (), 0)
+    return Letter(1, Plan(()), Request(number, "a", "chain", 0.5), 1, "", 0, 1, 0.25, (), 0)
 
 
 def until(done: Callable[[], bool]) -> None:

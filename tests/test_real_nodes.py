@@ -181,23 +181,23 @@ def test_sessions_that_have_to_go_are_gone_and_the_budget_holds(chain, synthetic
     parts = [model.tail(cut) for cut in (0, 1, 2, 3)]
     budget = model.memory_bytes(parts[0]) + model.memory_bytes(parts[1])
     residents = Residents({"chain": model}, DEFAULT, filed=True)
-    residents.prepare((part, 1) for part in parts[:3])
+    residents.prepare(parts[:3])
     assert residents.resident == ()
     alive: weakref.WeakSet[PartSession] = weakref.WeakSet()
     held: list[int] = []
     lock = threading.Lock()
 
-    def load(part: Any, size: int) -> Any:
-        session, load_s = residents.session(part, size)
+    def load(part: Any, version: str, size: int) -> Any:
+        session, load_s = residents.session(part, version, size)
         with lock:
-            held.append(sum(model.memory_bytes(*it) for it in residents.resident))
+            held.append(sum(model.memory_bytes(part) for part, *_ in residents.resident))
             alive.add(session)
         return lambda feeds: run_together(session, model, feeds, size), load_s > 0
 
     ended: list[tuple[int, bool]] = []
     errors: list[BaseException] = []
     node = physical(chain, slots=2, memory=budget).nodes["cloud"]
-    memory = Memory(budget, lambda shaped: (model.memory_bytes(*shaped), 0.0))
+    memory = Memory(budget, lambda shaped: (model.memory_bytes(shaped[0]), 0.0))
     slots = HostSlots(node, Clock(time.monotonic()), load, residents.keep, memory, errors.append)
     rng = Random(1)
     feeds = {part: random_tensors(model, model.part_inputs(part), np.random.default_rng(0)) for part in parts}
@@ -210,7 +210,7 @@ def test_sessions_that_have_to_go_are_gone_and_the_budget_holds(chain, synthetic
             ended.append((number, right))
 
         request = Request(number, "device", "chain", 0.0)
-        slots.submit(Job(part, feeds[part], request, 1, 0, 0.0, float, end, pytest.fail, errors.append))
+        slots.submit(Job(part, model.version, feeds[part], request, 1, 0, 0.0, float, end, pytest.fail, errors.append))
     deadline = time.monotonic() + 30
     while len(ended) < 80 and time.monotonic() < deadline and not errors:
         time.sleep(0.01)
@@ -239,10 +239,10 @@ def test_what_cannot_run_takes_nothing_with_it(emulated, chain, synthetic):
     slots: Slots
     clock = Clock(time.monotonic())
     if emulated:
-        compute = lambda part, feed: (run([feed])[0], 1.0, 0.0)  # noqa: E731
+        compute = lambda part, version, feed: (run([feed])[0], 1.0, 0.0)  # noqa: E731
         slots = EmulatedSlots(node, clock, compute, lambda model, size: 1 + size, None, errors.append)
     else:
-        slots = HostSlots(node, clock, lambda part, size: (run, False), lambda kept: None, None, errors.append)
+        slots = HostSlots(node, clock, lambda part, version, size: (run, False), lambda kept: None, None, errors.append)
     spans: list[Any] = []
 
     def end(outputs: Any, _: float, took: Any, __: int) -> None:
@@ -252,7 +252,7 @@ def test_what_cannot_run_takes_nothing_with_it(emulated, chain, synthetic):
     for number in range(4):
         request, ready_s = Request(number, "device", "chain", 0.0), 0.01 * number
         slots.submit(
-            Job(part, {"x": number}, request, 1, 0, ready_s, lambda s: 0.1 * s, end, pytest.fail, broken.append)
+            Job(part, "", {"x": number}, request, 1, 0, ready_s, lambda s: 0.1 * s, end, pytest.fail, broken.append)
         )
     deadline = time.monotonic() + 10
     while len(ended) + len(broken) < 4 and time.monotonic() < deadline:

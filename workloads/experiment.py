@@ -16,6 +16,7 @@ from isthmus.workloads.requests import ClosedLoop, Request, Source
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import TestbedSpec
 from isthmus.workloads.units import Seconds
+from isthmus.workloads.updates import UpdateSpec
 
 
 class ExperimentSpec(BaseModel):
@@ -29,6 +30,7 @@ class ExperimentSpec(BaseModel):
     policies: tuple[str | dict[str, dict[str, Any]], ...] = Field(min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(1,), min_length=1)
     faults: tuple[FaultSpec, ...] = ()
+    updates: tuple[UpdateSpec, ...] = ()
     drain: Seconds = Field(default=60.0, description="how long after the last arrival answers are waited for")
 
     @classmethod
@@ -40,7 +42,9 @@ class ExperimentSpec(BaseModel):
     def of(cls, fields: Any, folder: Path, where: object = "experiment") -> ExperimentSpec:
         """From the fields of a file; `folder` is what its relative paths start from."""
         spec = parse(cls, fields, where=where)
-        spec = spec.model_copy(update={"workload": tuple(source.resolved(folder) for source in spec.workload)})
+        workload = tuple(source.resolved(folder) for source in spec.workload)
+        updates = tuple(update.resolved(folder) for update in spec.updates)
+        spec = spec.model_copy(update={"workload": workload, "updates": updates})
         if isinstance(spec.testbed, str):
             file = folder / spec.testbed
             testbed = parse(TestbedSpec, read_yaml(file), where=file)
@@ -73,6 +77,10 @@ class ExperimentSpec(BaseModel):
                 raise InputError(
                     "is missing: faults that recur have to know how long a closed loop goes on", where=field
                 )
+        asked = {source.model for source in self.workload}
+        for number, update in enumerate(self.updates):
+            if update.model not in asked:
+                raise unknown("model", update.model, asked, where=f"{where or self.name}: updates[{number}].model")
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError("a seed is given twice", where=f"{where or self.name}: seeds")
         for number, fault in enumerate(self.faults):

@@ -107,6 +107,11 @@ class Model:
     inputs: tuple[str, ...] = field(compare=False, repr=False)
     outputs: tuple[str, ...] = field(compare=False, repr=False)
 
+    @property
+    def version(self) -> str:
+        """What tells it from others of its name and structure: the beginning of its hash."""
+        return self.sha256[:12]
+
     @cached_property
     def everything(self) -> LayerSet:
         """All layers."""
@@ -177,6 +182,10 @@ class Model:
         """Whether no path leaves `layers` and comes back: then they can run as one unit."""
         between = self._union(self._ancestors, layers) & self._union(self._descendants, layers)
         return not between & ~layers
+
+    def before(self, part: Part) -> LayerSet:
+        """The layers that `part` depends on and does not have."""
+        return self._union(self._ancestors, part.layers) & ~part.layers
 
     def part_inputs(self, part: Part) -> tuple[str, ...]:
         """The tensors that `part` needs and does not make, graph inputs included, in the model's order."""
