@@ -27,8 +27,7 @@ def _batch_sizes(testbed: TestbedSpec) -> list[int]:
     """The sizes to measure: 2, 4, 8, … up to the largest batch of each node that has a profile to ask, and that one."""
     nodes = testbed.nodes.values()
     batches = [n.batch for n in nodes if n.service is None and n.batch is not None and n.batch.cost is None]
-    sizes = {size for batch in batches for size in (*(2**k for k in range(batch.size.bit_length())), batch.size)}
-    return sorted(sizes - {1})
+    return sorted({size for batch in batches for size in batch.sizes} - {1})
 
 
 def calibrate(

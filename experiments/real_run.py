@@ -6,6 +6,7 @@ links are a lab's.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -157,26 +158,28 @@ def check_real(experiment: Experiment) -> list[str]:
     said = []
     for name, node in testbed.nodes.items():
         where = f"{experiment.where}: nodes.{name}"
-        only = [field for field in node.special if field not in ("discipline", "speed")]
+        only = [field for field in node.special if field in ("battery", "scale")]
         if only or node.discipline == "ps":
             raise InputError(
                 f"`{only[0] if only else 'discipline: ps'}` is simulated only so far",
                 where=where,
-                allowed="slots, a speed, and fifo, edf or priority in a real run",
+                allowed="slots, room, batch, memory, a speed, and fifo, edf or priority in a real run",
             )
         if node.physical or node.host is not None:
             continue
-        services = [s for (n, _), s in testbed.services.items() if n == name and isinstance(s, Measured)]
+        services = {m: s for (n, m), s in testbed.services.items() if n == name and isinstance(s, Measured)}
         if services and node.slowdown < 1:
             raise InputError(
                 f"slowdown {node.slowdown:g}", where=where, allowed="at least 1: no host runs faster than itself"
             )
-        if services and node.slowdown < 1.5:
-            said.append(
-                f"node {name!r} is only {node.slowdown:g} times slower than this host, which leaves it little slack"
-            )
-        _check_cpu(services, where)
-        said += _check_backend(node, services, where)
+        # The host computes each request of a batch by itself.
+        size = 1 if node.batch is None else node.batch.size
+        slack = min((node.slowdown * testbed.batch_factor(name, m, size) / size for m in services), default=math.inf)
+        if slack < 1.5:
+            in_batches = f", per request in batches of {size}" if size > 1 else ""
+            said.append(f"node {name!r} is only {slack:g} times slower than this host{in_batches}: it has little slack")
+        _check_cpu(list(services.values()), where)
+        said += _check_backend(node, list(services.values()), where)
     return said
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from math import ceil
@@ -291,7 +292,12 @@ class Pilot:
 
 
 def run_pilot(ray: Any, testbed: Testbed, source: Source, *, seed: int, progress: Progress | None = None) -> Pilot:
-    """A real run at the source's own rhythm for half a minute or so: every server and some cuts, one after another."""
+    """A real run at the source's own rhythm for half a minute or so: every server and some cuts, one after another.
+
+    Nodes hold all parts, and compute one request at a time: a profile is of that.
+    """
+    alone = {n: replace(node, batch=None, memory_bytes=None) for n, node in testbed.nodes.items()}
+    testbed = replace(testbed, nodes=alone)
     model = testbed.models[source.model]
     last = len(model.blocks)
     cuts = tuple(int(c) for c in np.unique(np.linspace(0, last, _PILOT_CUTS).round()))

@@ -25,17 +25,19 @@ from isthmus.policies.dispatch import Answer, Compiler, Start
 from isthmus.policies.plan import Compiled, Message
 from isthmus.policies.records import Kind, Span
 from isthmus.real.backend import Array
-from isthmus.real.intake import check
-from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version, place_of, took
+from isthmus.real.intake import check, check_span
+from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version, place_of, refusal_from, took
 from isthmus.real.pressure import Usage, usage
-from isthmus.real.session import PartSession
-from isthmus.real.slots import CannotRun, EmulatedSlots, HostSlots, Job, Slots
+from isthmus.real.residents import Residents
+from isthmus.real.slots import CannotRun, EmulatedSlots, HostSlots, Job, Shaped, Slots, Together
 from isthmus.real.source import SourceCell
 from isthmus.real.timeline import Clock, Timeline
+from isthmus.real.together import run_together
 from isthmus.workloads.affliction import Losses, afflicted
 from isthmus.workloads.codecs import codec
 from isthmus.workloads.errors import InputError, IsthmusError, RunFailure
 from isthmus.workloads.faults import LinkFault, LostMessages
+from isthmus.workloads.memory import Memory
 from isthmus.workloads.model import Part
 from isthmus.workloads.nodes import Node
 from isthmus.workloads.random import Uniforms
@@ -58,15 +60,13 @@ class Server(Protocol):
     name: str
     node: Node
     testbed: Testbed
+    residents: Residents
 
     @property
     def tolerance(self) -> float: ...
 
-    def session(self, part: Part, version: str) -> tuple[PartSession, float]:
-        """A part, and the seconds that loading it took just now. CannotRun for a version that is not here."""
-
     def payload(self, request: Request, version: str) -> tuple[Tensors, Tensors]:
-        """Inputs of a request, and that version's answer to them. CannotRun as above."""
+        """Inputs of a request, and that version's answer to them. CannotRun for a version that is not here."""
 
     def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None: ...
 
@@ -111,8 +111,7 @@ class NodeCell:
         self._noise: dict[str, Uniforms] = {}
         self.refusals: deque[str] = deque()
         self._spoilt: dict[Version, str] = {}
-        kind = HostSlots if self._node.physical else EmulatedSlots
-        self._slots: Slots = kind(self._node, self.clock, self._compute, self.failed)
+        self._slots = self._make_slots()
         self._send = Timeline(self.clock, "send", self.failed)
         self._source: SourceCell | None = None
         self._before = usage()
@@ -153,6 +152,14 @@ class NodeCell:
         """An attempt will not be answered."""
         if self._source is not None:
             self._source.lost(number, attempt, reason)
+
+    def refused(self, number: int, attempt: int, why: Sequence[Any]) -> None:
+        """A node had no room for a stage of an attempt."""
+        if self._source is not None:
+            reason, spans = refusal_from(why)
+            for span in spans:
+                check_span(span, self.testbed)
+            self._source.refused(number, attempt, reason, spans)
 
     def got(self, number: int, attempt: int, load: int) -> None:
         """The first node of a physical link has what the source sent: its last byte left about a round trip ago."""
@@ -341,6 +348,7 @@ class NodeCell:
                 gathering.ready_s,
                 partial(self._cost_s, compiled, stage, letter.request),
                 partial(self._computed, compiled, stage, letter, gathering),
+                partial(self._full, letter, gathering),
                 lambda error: self._refuse(letter, str(error)),
             )
         )
@@ -365,9 +373,35 @@ class NodeCell:
 
     # Parts
 
+    def _make_slots(self) -> Slots:
+        node, budget = self._node, self._node.memory_bytes
+        if node.physical:
+            memory = None if budget is None else Memory(budget, self._takes)
+            return HostSlots(node, self.clock, self._load, self.server.residents.keep, memory, self.failed)
+        factor = partial(self.testbed.batch_factor, self.name)
+        emulated = None if budget is None else Memory[Shaped](budget, lambda it: self.testbed.needs(self.name, it[0]))
+        return EmulatedSlots(node, self.clock, self._compute, factor, emulated, self.failed)
+
+    def _takes(self, shaped: Shaped) -> tuple[float, float]:
+        """The memory that a session takes on the host; how long it takes to load is seen when it is."""
+        part, _, size = shaped
+        return self.testbed.models[part.model].memory_bytes(part, size), 0.0
+
+    def _load(self, part: Part, version: str, size: int) -> tuple[Together, bool]:
+        session, load_s = self.server.residents.session(part, version, size)
+        model = self.testbed.models[part.model]
+
+        def run(feeds: Sequence[Tensors]) -> Sequence[Tensors]:
+            try:
+                return run_together(session, model, feeds, size)
+            except Exception as error:
+                raise CannotRun(f"cannot run {part} on what has come: {error}") from None
+
+        return run, load_s > 0
+
     def _compute(self, part: Part, version: str, tensors: Tensors) -> tuple[Tensors, float, float]:
         """Outputs, CPU seconds, CPU seconds of loading."""
-        session, load_s = self.server.session(part, version)
+        session, load_s = self.server.residents.session(part, version)
         try:
             outputs, cpu_s = session.timed(tensors)
         except Exception as error:  # such as an index out of range: a runtime has errors of its own
@@ -403,6 +437,14 @@ class NodeCell:
             tolerance=max(gathering.tolerance, self.server.tolerance),
         )
         self._send_all(compiled, stage, passed, outputs, end_s)
+
+    def _full(self, letter: Letter, gathering: _Gathering) -> None:
+        """There is no room for a stage: the request's source has to know, with what took time until then."""
+        spans, reason = tuple(gathering.spans.values()), f"no room at {self.name}"
+        if self._source is not None and self._is_source(letter):
+            self._source.refused(letter.number, letter.attempt, reason, spans)
+        else:
+            self.server.note(letter.request.source, "refused", letter, [reason, spans])
 
 
 def _identity(span: Span) -> tuple[object, ...]:

@@ -5,14 +5,32 @@ Knows the ONNX format and parts. Must not know runtimes, machines, Ray or time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import onnx
 
 from isthmus.workloads import onnx_file
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.model import Model, Part, members, model_proto
+from isthmus.workloads.model import Model, Part, Tensor, members, model_proto, tensor_of
 from isthmus.workloads.units import show_bytes
 
 _LIMIT_BYTES = 2**31 - 2**20  # protobuf's limit, less room for the structure
+
+
+class Graph(NamedTuple):
+    """A part as runtimes load it, and the tensors that go in and come out."""
+
+    content: bytes
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+
+def graph_of(model: Model, part: Part, proto: onnx.ModelProto | None = None) -> Graph:
+    """The part, cut out and serialised. Raises InputError as `cut_out` does."""
+    cut = cut_out(model, part, proto)
+    inputs, outputs = ({v.name: tensor_of(v) for v in ends} for ends in (cut.graph.input, cut.graph.output))
+    return Graph(cut.SerializeToString(), inputs, outputs)
 
 
 def cut_out(model: Model, part: Part, proto: onnx.ModelProto | None = None) -> onnx.ModelProto:

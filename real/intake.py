@@ -60,12 +60,13 @@ def check(
     if not 0 <= letter.tolerance <= _TOLERANCE:
         raise InputError(f"a tolerance of {letter.tolerance:g}", allowed=f"0 to {_TOLERANCE:g}")
     for span in letter.spans:
-        _check_span(span, testbed)
+        check_span(span, testbed)
     _check_arrays(arrays, message, compiled.model.tensors, used=letter.hop == len(message.links))
     return compiled, message
 
 
-def _check_span(span: Span, testbed: Testbed) -> None:
+def check_span(span: Span, testbed: Testbed) -> None:
+    """InputError for a span that nothing in this testbed can have taken."""
     a, link, b = span.place.partition(">")
     known = (a, b) in testbed.links if link else a in testbed.nodes
     if not known or (link and span.kind not in _LINK_KINDS) or (span.kind is Kind.SEND and not link):

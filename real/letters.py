@@ -126,6 +126,15 @@ def letter_from(content: bytes) -> tuple[Letter, Shapes]:
         raise InputError(f"not a letter: {type(error).__name__}: {error}") from None
 
 
+def refusal_from(value: Sequence[Any]) -> tuple[str, tuple[Span, ...]]:
+    """Why a node refused an attempt, and what took time in it, from JSON. InputError for anything else."""
+    try:
+        reason, spans = value
+        return _text(reason), tuple(map(_span, spans))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"not a refusal: {type(error).__name__}: {error}") from None
+
+
 def _whole(value: Any) -> int:
     if type(value) is not int or not -1 <= value < 2**53:
         raise ValueError(f"{value!r} is no count")

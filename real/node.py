@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from isthmus.policies.contract import Policy
 from isthmus.real.backend import backend
 from isthmus.real.cell import TOLERANCE, NodeCell
@@ -28,20 +26,19 @@ from isthmus.real.power import Energy, PowerLog
 from isthmus.real.pressure import Usage
 from isthmus.real.profiler import this_machine
 from isthmus.real.release import Probe, check, check_finite
-from isthmus.real.session import Array, PartSession, random_input, random_tensors
-from isthmus.real.slots import CannotRun
+from isthmus.real.residents import Residents, absent
+from isthmus.real.session import Array, PartSession, random_input
 from isthmus.real.wire import Address, Wire
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.model import Model, Part, model_proto
+from isthmus.workloads.model import Model, Part
 from isthmus.workloads.profile import Machine
 from isthmus.workloads.requests import Request
 from isthmus.workloads.testbed import Testbed
 
-_NOTES = {"lost": str, "got": int}
+_NOTES = {"lost": str, "got": int, "refused": list}
 """What cells tell each other besides letters, and of what type."""
 PAYLOADS = 4
 """Different inputs that the requests of a run take in turn; each has a reference answer."""
-_WARM_UPS = 5
 _SWITCH_S = 2e-4
 """After which Python lets another thread go on: a message wakes three of them, one after another."""
 
@@ -55,8 +52,9 @@ class NodeServer:
         here = {n: unpacked(model, files[n]) for n, model in testbed.models.items()}
         self.name, self.testbed = name, replace(testbed, models=here)
         self.node = testbed.nodes[name]
-        self._models: dict[Version, Model] = {(n, model.version): model for n, model in here.items()}
-        self._sessions: dict[tuple[Part, str], PartSession] = {}
+        sizes = self.node.batch.sizes if self.node.physical and self.node.batch is not None else (1,)
+        limited = self.node.physical and self.node.memory_bytes is not None
+        self.residents = Residents(here, self.node.backend, sizes, filed=limited)
         self._references: dict[Version, list[tuple[Tensors, Tensors]]] = {}
         self._cell: NodeCell | None = None
         sys.setswitchinterval(_SWITCH_S)
@@ -77,19 +75,14 @@ class NodeServer:
         self._wire.connect(peers)
 
     def load(self, parts: Sequence[Part]) -> None:
-        """Have exactly these parts resident and warm, and of every model only the version that the testbed has."""
-        own = {name: model.version for name, model in self.testbed.models.items()}
-        for name, version in [of for of in self._models if own[of[0]] != of[1]]:
-            self.forget(name, version)
-        for key in self._sessions.keys() - {(part, own[part.model]) for part in parts}:
-            self._sessions.pop(key).close()
-        protos: dict[str, Any] = {}
-        for part in parts:
-            if (part, own[part.model]) not in self._sessions:
-                model = self.testbed.models[part.model]
-                if part.model not in protos:
-                    protos[part.model] = model_proto(model)
-                self._sessions[part, model.version] = self._warm(model, part, protos[part.model])
+        """Have exactly these parts resident and warm, and of every model only the version that the testbed has.
+
+        Where memory is limited they are ready to be loaded.
+        """
+        for name, version in list(self._references):
+            if self.testbed.models[name].version != version:
+                del self._references[name, version]
+        self.residents.prepare(parts)
 
     def prepare_answers(self, model: str, seed: int) -> None:
         """Payloads for requests that arise here, and the whole model's answers to them."""
@@ -102,27 +95,23 @@ class NodeServer:
         With a `seed` also its answers to the requests that arise here. RunFailure or InputError when it does not work.
         """
         here = unpacked(model, files)
-        parts = {part for part, _ in list(self._sessions) if part.model == here.name} | probes.keys()
-        proto = model_proto(here)
-        staged = {}
-        for part in sorted(parts, key=lambda part: part.layers):
-            session = staged[part, here.version] = self._warm(here, part, proto)
-            if part in probes:
-                check(session, probes[part], max(TOLERANCE, self.tolerance))
+
+        def passes(session: PartSession) -> None:
+            if session.part in probes:
+                check(session, probes[session.part], max(TOLERANCE, self.tolerance))
+
+        staged = self.residents.stage(here, self.residents.parts(here.name) | probes.keys(), passes)
         answers = [] if seed is None else self._answers(here, seed)
         for _, expected in answers:
             check_finite(expected, f"{here.name} {here.version}")
         if answers:
             self._references[here.name, here.version] = answers
-        self._sessions.update(staged)
-        self._models[here.name, here.version] = here
+        self.residents.admit(staged)
 
     def forget(self, model: str, version: str) -> None:
         """Have a version no longer. Messages that want it are refused."""
-        self._models.pop((model, version), None)
         self._references.pop((model, version), None)
-        for key in [key for key in list(self._sessions) if key[0].model == model and key[1] == version]:
-            self._sessions.pop(key).close()
+        self.residents.forget(model, version)
 
     def use(self, model: str, version: str) -> None:
         """Begin attempts at requests that arise here with this version from now on."""
@@ -132,6 +121,7 @@ class NodeServer:
     def open(self, cell: Cell) -> None:
         """Begin a cell: a clean state and a clock."""
         self.close()
+        self.residents.begin()
         gc.collect()
         gc.freeze()  # a collection of what is here for good would take 13-20 ms in the middle of a run
         self._cell = NodeCell(self, cell)
@@ -217,34 +207,16 @@ class NodeServer:
         """How far from ONNX Runtime's its answers may be: see `Backend`."""
         return backend(self.node.backend).tolerance
 
-    def session(self, part: Part, version: str) -> tuple[PartSession, float]:
-        """A part, and the seconds that loading it took just now, by the session's clock: 0 where it is resident."""
-        session = self._sessions.get((part, version))
-        if session is not None:
-            return session, 0.0
-        model, runtime = self._models.get((part.model, version)), backend(self.node.backend)
-        if model is None:
-            raise _absent(part.model, version)
-        session = self._sessions[part, version] = PartSession(model, part, backend=runtime)
-        return session, session.load_s
-
     def _answers(self, model: Model, seed: int) -> list[tuple[Tensors, Tensors]]:
         whole = PartSession(model, model.whole())  # in ONNX Runtime, whatever this node computes with
         inputs = [random_input(model, i, seed) for i in range(PAYLOADS)]
         return [(given, whole.run(given)) for given in inputs]
 
-    def _warm(self, model: Model, part: Part, proto: Any) -> PartSession:
-        session = PartSession(model, part, proto=proto, backend=backend(self.node.backend))
-        feeds = random_tensors(model, session.inputs, np.random.default_rng(0))
-        for _ in range(_WARM_UPS):
-            session.run(feeds)
-        return session
-
     def payload(self, request: Request, version: str) -> tuple[Tensors, Tensors]:
         """Inputs of a request, and the whole model's answer to them."""
         answers = self._references.get((request.model, version))
         if answers is None:
-            raise _absent(request.model, version)
+            raise absent(request.model, version)
         return answers[request.number % PAYLOADS]
 
     def send(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None:
@@ -254,7 +226,3 @@ class NodeServer:
     def note(self, node: str, what: str, letter: Letter, value: Any) -> None:
         """Tell the cell of another node something about an attempt."""
         self._wire.tell(node, json.dumps([what, letter.cell, letter.number, letter.attempt, value]).encode())
-
-
-def _absent(model: str, version: str) -> CannotRun:
-    return CannotRun(f"has no version {version} of {model}")

@@ -14,9 +14,9 @@ import onnx
 from isthmus.real.backend import CLOCKS, Backend, one_line
 from isthmus.real.backend import Array as Array
 from isthmus.real.backend import backend as find_backend
-from isthmus.real.cutter import cut_out
+from isthmus.real.cutter import Graph, graph_of
 from isthmus.workloads.errors import InputError, RunFailure
-from isthmus.workloads.model import Model, Part, model_proto, tensor_of
+from isthmus.workloads.model import Model, Part, model_proto
 
 
 class PartSession:
@@ -35,25 +35,25 @@ class PartSession:
         optimize: bool = True,
         proto: onnx.ModelProto | None = None,
         backend: Backend | None = None,
+        graph: Graph | None = None,
     ) -> None:
         """`optimize=False` keeps the graph as it is: slower, and cut models then agree bit for bit.
 
-        `proto` is `model_proto(model)`, for who loads several parts, or that of a batch. Raises InputError as `cut_out`
-        does, or if the backend does not take the part.
+        `proto` is `model_proto(model)`, for who loads several parts, or that of a batch; `graph` the part itself, for
+        who has it. Raises InputError as `cut_out` does, or if the backend does not take the part.
         """
         self.backend = find_backend() if backend is None else backend
         self.clock = self.backend.clock(threads)
+        if graph is None:
+            graph = graph_of(model, part, proto)
         self.part = part
         self.inputs = model.part_inputs(part)
         self.outputs = model.part_outputs(part)
-        cut = cut_out(model, part, proto)
-        self._expected = {value.name: tensor_of(value) for value in cut.graph.input}
-        content = cut.SerializeToString()
-        del cut
+        self.takes, self.gives = graph.inputs, graph.outputs
         now = CLOCKS[self.clock]
         started_s = now()
         try:
-            self._loaded = self.backend.load(content, threads=threads, optimize=optimize)
+            self._loaded = self.backend.load(graph.content, threads=threads, optimize=optimize)
         except InputError as error:
             where = error.where or model.source
             raise InputError(f"{part}: {error.problem}", where=where, allowed=error.allowed) from None
@@ -82,11 +82,11 @@ class PartSession:
             close()
 
     def _check(self, feeds: Mapping[str, Array]) -> None:
-        if feeds.keys() != self._expected.keys():
+        if feeds.keys() != self.takes.keys():
             given = ", ".join(feeds) or "nothing"
             raise InputError(f"{self.part} was given {given}", allowed=", ".join(self.inputs))
         for name, value in feeds.items():
-            tensor = self._expected[name]
+            tensor = self.takes[name]
             if value.shape != tensor.shape or value.dtype.name != tensor.dtype:
                 problem = f"{self.part} was given {name!r} as {value.dtype.name} {list(value.shape)}"
                 raise InputError(problem, allowed=f"{tensor.dtype} {list(tensor.shape)}")

@@ -12,8 +12,9 @@ from typing import NamedTuple, Protocol
 
 from isthmus.sim.battery import Battery
 from isthmus.sim.clock import Callbacks, Clock
-from isthmus.sim.memory import Memory
 from isthmus.sim.token import Token
+from isthmus.workloads.memory import Memory
+from isthmus.workloads.model import Part
 from isthmus.workloads.nodes import Node
 
 
@@ -66,7 +67,7 @@ class Place:
         self.served = self.refused = 0
         self.waited_s = self.aside_s = 0.0
         self.battery: Battery | None = None
-        self.memory: Memory | None = None
+        self.memory: Memory[Part] | None = None
 
     def submit(self, token: Token, seconds: float, now_s: float) -> None:
         """A token comes, for so many seconds of work. A node that is down loses it."""

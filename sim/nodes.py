@@ -7,11 +7,10 @@ from functools import partial
 
 from isthmus.sim.battery import Battery
 from isthmus.sim.clock import Callbacks, Clock
-from isthmus.sim.memory import Memory
 from isthmus.sim.node import FifoNode, Place, Refuse
 from isthmus.sim.queue_node import QueueNode
 from isthmus.sim.sharing_node import SharingNode
-from isthmus.workloads.model import Part
+from isthmus.workloads.memory import Memory
 from isthmus.workloads.nodes import Node
 from isthmus.workloads.testbed import Testbed
 
@@ -29,10 +28,5 @@ def make_node(
     if node.discipline == "ps":
         return SharingNode(clock, node, computed, refuse, battery)
     if node.memory_bytes is not None:
-        memory = Memory(node.memory_bytes, partial(_needs, testbed, node))
+        memory = Memory(node.memory_bytes, partial(testbed.needs, node.name))
     return QueueNode(clock, node, computed, refuse, partial(testbed.batch_factor, node.name), memory, battery)
-
-
-def _needs(testbed: Testbed, node: Node, part: Part) -> tuple[float, float]:
-    model = testbed.models[part.model]
-    return node.needs_bytes(model, part), testbed.service(node.name, part.model).load_s(part)

@@ -1,8 +1,8 @@
 """A simulated node with a real queue: disciplines, room, batches, memory, speed, battery and scaling, non-preemptive.
 
-Knows SimPy's clock and tokens. What waits is in `sim/waiting.py`, the rest of what it may have in files of their own;
-here is when a job begins: when there is a slot, something to begin, and memory for it. Who is next waits for memory at
-the head of the line: nobody overtakes.
+Knows SimPy's clock and tokens. What waits and what is resident is in `workloads`, where real runs have it from as well,
+the rest of what it may have in files of their own; here is when a job begins: when there is a slot, something to begin,
+and memory for it. Who is next waits for memory at the head of the line: nobody overtakes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from functools import partial
 
 from isthmus.sim.battery import Battery
 from isthmus.sim.clock import Armed, Callbacks, Clock
-from isthmus.sim.memory import Finish, Memory
 from isthmus.sim.node import LimitedNode, Refuse
 from isthmus.sim.slots import ElasticSlots, Slots
 from isthmus.sim.token import Token
-from isthmus.sim.waiting import Batching, Job, Waiting, part_of
+from isthmus.workloads.memory import Finish, Memory
 from isthmus.workloads.model import Part
 from isthmus.workloads.nodes import Node
+from isthmus.workloads.waiting import Batching, Entry, Waiting
+
+Work = tuple[Token, float]
+"""A token, and the seconds that it takes alone."""
 
 
 class _Service(Armed):
@@ -48,7 +51,7 @@ class QueueNode(LimitedNode):
         computed: Callbacks,
         refuse: Refuse,
         factor: Callable[[str, int], float],
-        memory: Memory | None,
+        memory: Memory[Part] | None,
         battery: Battery | None,
     ) -> None:
         super().__init__(clock, node, refuse)
@@ -57,7 +60,9 @@ class QueueNode(LimitedNode):
         self.memory, self.battery = memory, battery
         self._ended_at = (self._ended,)
         self._finish: Finish = _at_once if node.speed is None else node.speed.finish_s
-        self._waiting = Waiting(node.discipline) if node.batch is None else Batching(node.discipline, node.batch)
+        self._waiting: Waiting[Part, Work] = (
+            Waiting(node.discipline) if node.batch is None else Batching(node.discipline, node.batch)
+        )
         self._slots = (
             Slots(node.slots) if node.scale is None else ElasticSlots(clock, node.slots, node.scale, self._begin_all)
         )
@@ -68,7 +73,8 @@ class QueueNode(LimitedNode):
             return
         self._held += 1
         token.ready_s, token.life = now_s, self.life
-        self._waiting.push(token, seconds)
+        part = token.wired.steps[token.leg.target].part
+        self._waiting.push((token, seconds), part, token.start.request, now_s)
         self._begin_all(now_s)
         if not self._slots.free and len(self._waiting):
             self._slots.order(now_s)
@@ -101,7 +107,7 @@ class QueueNode(LimitedNode):
                     self._wake_s = due_s
                     self._clock.call(due_s, partial(self._woken, due_s))
                 return
-            if self.memory is not None and not self.memory.admits(part_of(queue[0].token)):
+            if self.memory is not None and not self.memory.admits(queue[0].key):
                 return
             self._begin(waiting.take(queue), now_s)
 
@@ -110,18 +116,19 @@ class QueueNode(LimitedNode):
             self._wake_s = math.inf
             self._begin_all(now_s)
 
-    def _begin(self, jobs: list[Job], now_s: float) -> None:
+    def _begin(self, jobs: list[Entry[Part, Work]], now_s: float) -> None:
         """A batch takes as long as its first job would, times its factor."""
-        part, seconds = part_of(jobs[0].token), jobs[0].seconds
+        part, (_, seconds) = jobs[0].key, jobs[0].item
         if len(jobs) > 1:
             seconds *= self._factor(part.model, len(jobs))
         loaded_s = now_s if self.memory is None else self.memory.use(part, now_s, self._finish)
-        for job in jobs:
-            job.token.begun_s, job.token.loaded_s = now_s, loaded_s
+        tokens = [job.item[0] for job in jobs]
+        for token in tokens:
+            token.begun_s, token.loaded_s = now_s, loaded_s
         self._slots.take(now_s)
         if self.battery is not None:
             self.battery.busy(1, now_s)
-        service = _Service([job.token for job in jobs], part, self.life)
+        service = _Service(tokens, part, self.life)
         self._clock.arm(service, self._finish(loaded_s, seconds), self._ended_at)
 
     def _ended(self, service: _Service) -> None:

@@ -50,31 +50,38 @@ class Replayed:
 class Recorded:
     """Durations as a run's `compute` and `decide` spans have them; the testbed's mean for what the run never did.
 
-    An attempt of which there are spans, but none for deciding, decided in no time: spans of nothing are not kept.
+    An attempt of which there are spans, but none for deciding, decided in no time: spans of nothing are not kept. What
+    was computed from one same time to another on a node that batches was a batch: alone it had taken as many times less
+    as such a batch takes longer.
     """
 
     def __init__(self, testbed: Testbed, policy: str, spans: Iterable[Row]) -> None:
         self._testbed = testbed
         self._mean_decide_s = testbed.overheads.decide_s.get(policy, 0.0)
         self._decide: dict[tuple[str, int, int], float] = {}
-        self._compute: dict[tuple[str, int, int, int], float] = {}
+        self._compute: dict[tuple[str, int, int, int], tuple[str, float, float]] = {}
         for span in spans:
             attempt = span["source"], span["number"], span["attempt"]
-            seconds = float(span["end_s"] - span["start_s"])
+            start_s, end_s = float(span["start_s"]), float(span["end_s"])
             self._decide.setdefault(attempt, 0.0)
             if span["kind"] == Kind.DECIDE:
-                self._decide[attempt] = seconds
+                self._decide[attempt] = end_s - start_s
             elif span["kind"] == Kind.COMPUTE:
-                self._compute[*attempt, span["stage"]] = seconds
+                self._compute[*attempt, span["stage"]] = span["place"], start_s, end_s
+        batching = {name for name, node in testbed.nodes.items() if node.batch is not None}
+        self._together = Counter(computed for computed in self._compute.values() if computed[0] in batching)
 
     def decide_s(self, request: Request, attempt: int) -> float:
         mean_s = self._mean_decide_s * self._testbed.nodes[request.source].slowdown
         return self._decide.get((request.source, request.number, attempt), mean_s)
 
     def compute_s(self, request: Request, attempt: int, stage: int, compiled: Compiled) -> float:
-        seconds = self._compute.get((request.source, request.number, attempt, stage))
-        if seconds is not None:
-            return seconds
+        computed = self._compute.get((request.source, request.number, attempt, stage))
+        if computed is not None:
+            node, start_s, end_s = computed
+            together = self._together.get(computed, 1)
+            alone = self._testbed.batch_factor(node, request.model, together) if together > 1 else 1.0
+            return (end_s - start_s) / alone
         where = compiled.plan.stages[stage]
         return self._testbed.service(where.node, request.model).mean_s(where.part)
 

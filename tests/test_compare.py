@@ -241,7 +241,8 @@ def test_the_replay_takes_what_was_recorded_and_means_for_the_rest() -> None:
         policy.decide(second, None)  # type: ignore[arg-type]
 
     compiled = compile_plan(remote, testbed.models["squeezenet"], "device", testbed)
-    span = {"source": "device", "number": 0, "attempt": 1, "stage": 0, "kind": "compute", "start_s": 1.0, "end_s": 1.5}
+    span = {"source": "device", "number": 0, "attempt": 1, "stage": 0, "kind": "compute", "place": "cloud",
+            "start_s": 1.0, "end_s": 1.5}  # fmt: skip
     recorded = Recorded(testbed, "remote", [span])
     assert recorded.compute_s(first, 1, 0, compiled) == 0.5
     assert recorded.compute_s(second, 1, 0, compiled) == pytest.approx(0.01)

@@ -30,13 +30,13 @@ from isthmus.policies.records import Kind, Outcome, Record
 from isthmus.policies.static import Fixed, Local, Remote
 from isthmus.sim.battery import Battery
 from isthmus.sim.clock import Clock
-from isthmus.sim.memory import Memory
 from isthmus.sim.meter import Meter
 from isthmus.sim.node import NodeTotals
 from isthmus.sim.simulator import simulate
 from isthmus.workloads.arrivals import Poisson
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.faults import NodeFault
+from isthmus.workloads.memory import Memory
 from isthmus.workloads.model import Part
 from isthmus.workloads.profile import BatchCost, Profile
 from isthmus.workloads.quantiles import quantiles
@@ -730,10 +730,16 @@ def test_a_real_run_refuses_what_it_does_not_model(chain):
             }
         )
 
-    assert check_real(experiment(power={"idle": 1}, slots=3)) == []
-    for field, value in [("discipline", "edf"), ("room", 3), ("speed", 0.5), ("memory", "1GB")]:
+    for fields in [{"discipline": "edf", "room": 3}, {"speed": 0.5, "memory": "1GB"}, {"batch": HALF_MORE, "slots": 3}]:
+        assert check_real(experiment(power={"idle": 1}, **fields)) == []
+    battery = {"battery": "1kJ", "power": {"busy": 1}}
+    for field, fields in [
+        ("discipline: ps", {"discipline": "ps"}),
+        ("battery", battery),
+        ("scale", {"scale": {"most": 2}}),
+    ]:
         with pytest.raises(InputError, match=rf"nodes\.device: `{field}` is simulated only so far"):
-            check_real(experiment(**{field: value}))
+            check_real(experiment(**fields))
 
 
 def test_the_readmes_nodes_are_read(chain):

@@ -282,7 +282,7 @@ def test_a_node_says_what_is_wrong_with_a_version(built, better, tmp_path):
     part = new.span(1, 3)
     made = release(new, [part])
     server.stage(new, made.files, made.probes, seed=1)
-    session, load_s = server.session(part, new.version)
+    session, load_s = server.residents.session(part, new.version)
     given, expected = made.probes[part]
     [name] = expected
     assert load_s == 0.0
@@ -294,7 +294,7 @@ def test_a_node_says_what_is_wrong_with_a_version(built, better, tmp_path):
         server.stage(replace(new, sha256="0" * 64), made.files, {}, seed=None)
     server.forget("chain", new.version)
     with pytest.raises(InputError, match=f"has no version {new.version} of chain"):
-        server.session(part, new.version)
+        server.residents.session(part, new.version)
     server._wire.close()
 
 

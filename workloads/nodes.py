@@ -89,6 +89,11 @@ class Batch(_Spec):
             check_curve(self.cost, self.size)
         return self
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Those that are measured, and that physical nodes have sessions for: 1, 2, 4, … and the largest."""
+        return (*(2**k for k in range((self.size - 1).bit_length())), self.size)
+
     def factor(self, size: int) -> float:
         """How many times longer than one job a batch takes, as `cost` says."""
         assert self.cost is not None

@@ -38,7 +38,7 @@ from isthmus.workloads.links import (
     with_files,
 )
 from isthmus.workloads.mobility import ANYWHERE, Positions, serving
-from isthmus.workloads.model import Model, load_model
+from isthmus.workloads.model import Model, Part, load_model
 from isthmus.workloads.nodes import Node, NodeSpec
 from isthmus.workloads.overheads import Overheads
 from isthmus.workloads.profile import Profile
@@ -394,6 +394,11 @@ class Testbed:
         if batch is not None and batch.cost is not None:
             return batch.factor(size)
         return self.service(node, model).batch_factor(size)
+
+    def needs(self, node: str, part: Part) -> tuple[float, float]:
+        """What a part takes in the memory of a node: bytes, and seconds to load."""
+        size = self.nodes[node].needs_bytes(self.models[part.model], part)
+        return size, self.service(node, part.model).load_s(part)
 
     def __getstate__(self) -> dict[str, Any]:
         # What follows from the fields is found again where it is needed.

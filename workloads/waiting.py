@@ -1,6 +1,7 @@
-"""What waits at a node, and who is next: by discipline, one by one or in batches. Knows tokens; no slot, no clock.
+"""What waits at a node, and who is next: by discipline, one by one or in batches. The same in both worlds.
 
-Disciplines are non-preemptive: they say who begins next, not who goes on.
+Disciplines are non-preemptive: they say who begins next, not who goes on. Knows no slot, no clock, and nothing of what
+waits but its key, its request and when it was ready.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import math
 from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
-from isthmus.sim.token import Token
-from isthmus.workloads.model import Part
 from isthmus.workloads.nodes import Batch
 from isthmus.workloads.requests import Request
+
+Key = TypeVar("Key")
+"""What the jobs of a batch have in common, such as their part."""
+Item = TypeVar("Item")
 
 
 def _deadline(request: Request) -> float:
@@ -29,39 +32,35 @@ ORDERS: dict[str, Callable[[Request], float]] = {
 """The least goes first, and among equals the one that came first."""
 
 
-class Job(NamedTuple):
-    """A token that waits. Jobs compare by who is first."""
+class Entry(NamedTuple, Generic[Key, Item]):
+    """A job that waits. Entries compare by who is first."""
 
     order: float
+    ready_s: float
     number: int
-    token: Token
-    seconds: float
+    key: Key
+    item: Item
 
 
-def part_of(token: Token) -> Part:
-    """What its stage is to compute."""
-    return token.wired.steps[token.leg.target].part
-
-
-class Waiting:
+class Waiting(Generic[Key, Item]):
     """One queue for all jobs, served one by one."""
 
     __slots__ = ("_heap", "_number", "_order")
 
     def __init__(self, discipline: str) -> None:
         self._order = ORDERS[discipline]
-        self._heap: list[Job] = []
+        self._heap: list[Entry[Key, Item]] = []
         self._number = 0
 
-    def push(self, token: Token, seconds: float) -> None:
+    def push(self, item: Item, key: Key, request: Request, ready_s: float) -> None:
         self._number += 1
-        heappush(self._heap, Job(self._order(token.start.request), self._number, token, seconds))
+        heappush(self._heap, Entry(self._order(request), ready_s, self._number, key, item))
 
-    def next(self, now_s: float) -> list[Job] | None:
+    def next(self, now_s: float) -> list[Entry[Key, Item]] | None:
         """The queue to serve from now, whose first job is the next of all; None if there is nothing to begin yet."""
         return self._heap or None
 
-    def take(self, queue: list[Job]) -> list[Job]:
+    def take(self, queue: list[Entry[Key, Item]]) -> list[Entry[Key, Item]]:
         """The jobs that begin together, the first one first."""
         return [heappop(queue)]
 
@@ -76,46 +75,46 @@ class Waiting:
         self._heap.clear()
 
 
-class _Queue(NamedTuple):
-    """The jobs of one part: by order, and by when they came. `begun` are numbers that `came` still holds."""
+class _Queue(NamedTuple, Generic[Key, Item]):
+    """The jobs of one key: by order, and by when they came. `begun` are numbers that `came` still holds."""
 
-    jobs: list[Job]
-    came: deque[Job]
+    jobs: list[Entry[Key, Item]]
+    came: deque[Entry[Key, Item]]
     begun: set[int]
 
     def oldest_s(self) -> float:
         """When the job came that has waited longest."""
         while self.came[0].number in self.begun:
             self.begun.discard(self.came.popleft().number)
-        return self.came[0].token.ready_s
+        return self.came[0].ready_s
 
 
-class Batching(Waiting):
-    """A queue for each part. One is served when it fills a batch, or when a job of it has waited for `wait`."""
+class Batching(Waiting[Key, Item]):
+    """A queue for each key. One is served when it fills a batch, or when a job of it has waited for `wait`."""
 
     __slots__ = ("_batch", "_queues")
 
     def __init__(self, discipline: str, batch: Batch) -> None:
         super().__init__(discipline)
         self._batch = batch
-        self._queues: dict[Part, _Queue] = {}
+        self._queues: dict[Key, _Queue[Key, Item]] = {}
 
-    def push(self, token: Token, seconds: float) -> None:
+    def push(self, item: Item, key: Key, request: Request, ready_s: float) -> None:
         self._number += 1
-        job = Job(self._order(token.start.request), self._number, token, seconds)
-        queue = self._queues.setdefault(part_of(token), _Queue([], deque(), set()))
+        job = Entry(self._order(request), ready_s, self._number, key, item)
+        queue = self._queues.setdefault(key, _Queue([], deque(), set()))
         heappush(queue.jobs, job)
         queue.came.append(job)
 
-    def next(self, now_s: float) -> list[Job] | None:
+    def next(self, now_s: float) -> list[Entry[Key, Item]] | None:
         size, wait = self._batch.size, self._batch.wait
         waiting = (q for q in self._queues.values() if q.jobs)
         ripe = (q.jobs for q in waiting if len(q.jobs) >= size or q.oldest_s() + wait <= now_s)
         return min(ripe, key=lambda jobs: jobs[0], default=None)
 
-    def take(self, queue: list[Job]) -> list[Job]:
+    def take(self, queue: list[Entry[Key, Item]]) -> list[Entry[Key, Item]]:
         jobs = [heappop(queue) for _ in range(min(self._batch.size, len(queue)))]
-        self._queues[part_of(jobs[0].token)].begun.update(job.number for job in jobs)
+        self._queues[jobs[0].key].begun.update(job.number for job in jobs)
         return jobs
 
     def due_s(self) -> float:
