@@ -195,7 +195,10 @@ def measure_links(ray: Any, testbed: Testbed, progress: Progress | None = None) 
     links = [link for link in testbed.links if testbed.is_physical(link)]
     nodes = sorted({node for link in links for node in link})
     address = "127.0.0.1" if testbed.spec.cluster is None else None
-    ends = {node: start_actor(ray, LinkEnd, address, **placed(ray, testbed, node)) for node in nodes}
+    ends = {
+        node: start_actor(ray, LinkEnd, address, testbed.spec.is_encrypted, **placed(ray, testbed, node))
+        for node in nodes
+    }
 
     def ask(node: str, method: str, *arguments: Any) -> Any:
         return results(ray, [getattr(ends[node], method).remote(*arguments)])[0]
@@ -216,8 +219,8 @@ def measure_links(ray: Any, testbed: Testbed, progress: Progress | None = None) 
             declared = testbed.links[link].rate.mean_bytes_per_s if testbed.declares(link) else None
             costs.append(probe.measure(link, declared))
     finally:
-        for end in ends.values():
-            ray.kill(end)
+        for actor in ends.values():
+            ray.kill(actor)
     return LinkCosts(measured=datetime.now(UTC).isoformat(timespec="seconds"), links=tuple(costs))
 
 

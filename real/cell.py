@@ -267,6 +267,7 @@ class NodeCell:
             letter = self._stamped(letter, message)
             if letter.hop < len(message.links):
                 self._enter(message, letter, arrays)
+                self._acknowledge(letter, message)
                 return
             began = time.thread_time()
             tensors: dict[str, Array] = {}
@@ -282,6 +283,13 @@ class NodeCell:
             ready_s = self._pace(letter.at_s, time.thread_time() - began)
         spans = took(Kind.DECODE, self.name, letter.at_s, ready_s, letter.attempt, message.source)
         self._arrived(compiled, message, replace(letter, at_s=ready_s, spans=letter.spans + spans), tensors)
+        self._acknowledge(letter, message)
+
+    def _acknowledge(self, letter: Letter, message: Message) -> None:
+        """A source learns what has left its physical links; when the part has begun, so that it need not wait."""
+        link = message.links[letter.hop - 1]
+        if link[0] == letter.request.source and self.testbed.is_physical(link):
+            self.server.note(link[0], "got", letter, message.load + letter.hop - 1)
 
     def _refuse(self, letter: Letter, why: str) -> None:
         """Nothing comes of a letter: its source has to know, and the driver."""
@@ -298,8 +306,6 @@ class NodeCell:
             return replace(letter, at_s=now_s, overruns=letter.overruns + 1) if late else letter
         with self._lock:
             before_s, self._arrived_s[link] = self._arrived_s.get(link, 0.0), now_s
-        if link[0] == letter.request.source:
-            self.server.note(link[0], "got", letter, message.load + letter.hop - 1)
         # The link is free for its first byte when the last byte of the one before has left.
         start_s = min(max(letter.at_s, before_s - self.testbed.links[link].latency_s), now_s)
         place, attempt, stage = place_of(link), letter.attempt, message.source

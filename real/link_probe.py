@@ -43,11 +43,13 @@ _PATIENCE_S = 60.0
 class LinkEnd:
     """One end of the links of a machine. A plain class; calls do not overlap."""
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, encrypted: bool) -> None:
         """`address` is what its wire listens on; by default that of its machine in the cluster."""
         self._arrivals: dict[int, float] = {}
         self._changed = threading.Condition()
-        self._wire = Wire(address or own_address(), self._take, lambda note: None, lambda why: None)
+        self._wire = Wire(
+            address or own_address(), self._take, lambda note: None, lambda why: None, encrypted=encrypted
+        )
 
     def address(self) -> Address:
         return self._wire.address

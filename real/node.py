@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ _NOTES = {"lost": str, "got": int, "refused": list}
 """What cells tell each other besides letters, and of what type."""
 PAYLOADS = 4
 """Different inputs that the requests of a run take in turn; each has a reference answer."""
+_SWITCH_S = 2e-4
+"""After which Python lets another thread go on: a message wakes three of them, one after another."""
 
 
 class NodeServer:
@@ -54,9 +57,12 @@ class NodeServer:
         self.residents = Residents(here, self.node.backend, sizes, filed=limited)
         self._references: dict[Version, list[tuple[Tensors, Tensors]]] = {}
         self._cell: NodeCell | None = None
+        sys.setswitchinterval(_SWITCH_S)
         self._power = PowerLog() if self.node.physical else None
         self._gone = threading.Event()
-        self._wire = Wire(address or own_address(), self._delivered, self._told, self._refused)
+        self._wire = Wire(
+            address or own_address(), self._delivered, self._told, self._refused, encrypted=testbed.spec.is_encrypted
+        )
 
     # Called by the driver
 

@@ -97,7 +97,8 @@ class SourceCell:
     # What it is told; each is carried out on its own thread, in order of time
 
     def answered(self, request: Request, attempt: int, answer: Answer, at_s: float) -> None:
-        self._say(at_s, lambda now: self._dispatcher.answer(request.number, attempt, answer, now))
+        """An answer came at that time. Called on its own thread, by what was put there with `at`."""
+        self._carry_out_since(partial(self._dispatcher.answer, request.number, attempt, answer, at_s), at_s)
 
     def at(self, at_s: float, call: Callable[[], None]) -> None:
         """Something that has to be done before the dispatcher is told."""

@@ -179,7 +179,7 @@ def test_runs_of_different_experiments_are_refused(
 def test_worlds_have_their_places(simulated: Run, emulated: Run, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="allowed: simulated"):
         compare(emulated, emulated)
-    with pytest.raises(InputError, match="allowed: emulated, physical"):
+    with pytest.raises(InputError, match="is a simulation"):
         compare(simulated, simulated)
     with pytest.raises(InputError, match="allowed: emulated"):
         compare(simulated, emulated, run(tmp_path, "physical"))

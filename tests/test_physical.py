@@ -23,7 +23,7 @@ from isthmus.real.calibrate import measure_links
 from isthmus.real.drive import run_cell
 from isthmus.real.fleet import Fleet
 from isthmus.real.letters import Letter, letter_from, letter_to
-from isthmus.real.wire import Wire
+from isthmus.real.wire import Address, Wire
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.faults import Fault, LinkFault, LostMessages, NodeFault, SlowNode
 from isthmus.workloads.link_costs import LinkCost, LinkCosts
@@ -163,13 +163,14 @@ def test_what_was_measured_is_what_a_simulation_uses(chain: Path, tmp_path: Path
         Testbed.build(bare, folder=tmp_path / "elsewhere")
 
 
-@pytest.fixture
-def wires():
+@pytest.fixture(params=[True, False], ids=["encrypted", "password"])
+def wires(request: Any):
     made: list[Wire] = []
 
-    def make(take: Any = None) -> tuple[Wire, list[Any]]:
+    def make() -> tuple[Wire, list[Any]]:
         got: list[Any] = []
-        wire = Wire("127.0.0.1", lambda letter, arrays: got.append((letter, arrays)), got.append, got.append)
+        take = lambda letter, arrays: got.append((letter, arrays))  # noqa: E731
+        wire = Wire("127.0.0.1", take, got.append, got.append, encrypted=request.param)
         made.append(wire)
         return wire, got
 
@@ -211,7 +212,9 @@ def test_letters_arrive_in_order_and_whole(wires):
 
 def test_who_is_not_known_is_not_let_in(wires):
     (stranger, _), (two, got) = wires(), wires()
-    stranger.connect({"two": two.address})  # it knows where, and the public key
+    # It knows where, and the public key; where there is none, it has another's password.
+    encrypted = stranger._encrypted
+    stranger.connect({"two": two.address if encrypted else Address(two.address.endpoint, stranger.address.key)})
     two.connect({"two": two.address})
     stranger.send("two", letter(), [])
     naked = zmq.Context.instance().socket(zmq.PUSH)

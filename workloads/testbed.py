@@ -97,6 +97,11 @@ class TestbedSpec(_Spec):
         many = max(len(first), len(second))
         return [(first[i * len(first) // many], second[i * len(second) // many]) for i in range(many)]
 
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether what its machines say to each other is encrypted."""
+        return self.cluster is not None and self.cluster.certificates is not None
+
     def is_physical(self, link: LinkId) -> bool:
         """Whether the ends of a link are on different machines."""
         a, b = (self._hosts.get(end) for end in link)
