@@ -52,7 +52,7 @@ class Residents:
     def __init__(
         self, models: Mapping[str, Model], runs_in: BackendSpec, sizes: Sequence[int] = (1,), *, filed: bool = False
     ) -> None:
-        self._own = {name: model.version for name, model in models.items()}
+        self._own = models
         self._models: dict[Version, Model] = {(n, model.version): model for n, model in models.items()}
         self._runs_in, self._sizes, self._is_filed = runs_in, tuple(sizes), filed
         self._sessions: dict[Shaped, PartSession] = {}
@@ -64,14 +64,13 @@ class Residents:
         return tuple(self._sessions)
 
     def prepare(self, parts: Sequence[Part]) -> None:
-        """Have exactly these resident and warm, or in their files and none resident; and no versions but its own."""
-        for name, version in [of for of in self._models if self._own[of[0]] != of[1]]:
+        """Have exactly these resident and warm, or in their files and none resident; and its own versions only."""
+        for name, version in [of for of in self._models if self._own[of[0]].version != of[1]]:
             self.forget(name, version)
-        wanted = {(part, self._own[part.model], size) for part, size in product(parts, self._sizes)}
+        wanted = {(part, self._own[part.model].version, size) for part, size in product(parts, self._sizes)}
         self.keep(() if self._is_filed else wanted)
         missing = {part for part, *_ in wanted - (self._files if self._is_filed else self._sessions).keys()}
-        for name in sorted({part.model for part in missing}):
-            model = self._models[name, self._own[name]]
+        for name, model in self._own.items():
             self.admit(self.stage(model, [part for part in missing if part.model == name], None))
 
     def stage(self, model: Model, parts: Iterable[Part], check: Callable[[PartSession], None] | None) -> Staged:
