@@ -164,8 +164,9 @@ def measure_overheads(
     model: str,
     progress: Progress | None = None,
 ) -> Overheads:
-    """Codecs, decisions and calls between actors, on this machine."""
-    one, other = start_actor(ray, Bench), start_actor(ray, Bench)
+    """Codecs, decisions and calls between actors, on the machine of the source."""
+    where = placed(ray, testbed, source)
+    one, other = start_actor(ray, Bench, **where), start_actor(ray, Bench, **where)
     try:
         [codecs] = results(ray, [one.codecs.remote()])
         decide_s = {}

@@ -218,7 +218,7 @@ class _Driving:
             if self.ground is not None:
                 self.ground.kill(node)
             self.fleet.kill(node)
-            self.fleet.died()
+            self._mourn([other for other in self.fleet.died() if other != node])
             self._tell(node, up=False)
             if up is not None:
                 if self.ground is not None:
@@ -228,7 +228,11 @@ class _Driving:
                 self.reviving[node] = up
 
     def _notice_deaths(self) -> None:
-        for node in self.fleet.died():
+        self._mourn(self.fleet.died())
+
+    def _mourn(self, nodes: Sequence[str]) -> None:
+        """These went without being told to: they are started anew."""
+        for node in nodes:
             self._tell(node, up=False)
             self.fleet.revive(node)
             self.reviving[node] = 0.0

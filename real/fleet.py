@@ -202,8 +202,10 @@ class Fleet:
         return False
 
     def welcome(self, node: str) -> None:
-        """Let a revived actor take its node's place."""
-        self._join(node, self._spares.pop(node).actor)
+        """Let a revived actor take its node's place. Its machine may have been started anew, and its clock with it."""
+        actor = self._spares.pop(node).actor
+        self.offsets[node] = offset(partial(self._read, actor), _READINGS)
+        self._join(node, actor)
         self._introduce(node)
 
     # Versions of models: which is used where, `rollout.py` decides

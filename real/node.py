@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from isthmus.real.release import Probe, check, check_finite
 from isthmus.real.residents import Residents, absent
 from isthmus.real.session import Array, PartSession, random_input
 from isthmus.real.wire import Address, Wire
-from isthmus.workloads.errors import InputError
+from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.model import Model, Part
 from isthmus.workloads.profile import Machine
 from isthmus.workloads.requests import Request
@@ -153,7 +154,8 @@ class NodeServer:
         energy, began, ends = None, self._cell.cell.epoch, time.monotonic()
         if self._power is not None:
             self._power.stop()
-            energy = self._power.energy(began, ends) if began < ends else None
+            with suppress(RunFailure):  # not logged from the beginning, as after a node came back: then it is modelled
+                energy = self._power.energy(began, ends) if began < ends else None
         used = self._cell.close()
         self._cell = None
         return used, energy
@@ -197,8 +199,9 @@ class NodeServer:
             getattr(cell, what)(number, attempt, value)
 
     def _refused(self, why: str) -> None:
-        if self._cell is not None:
-            self._cell.refusals.append(why)
+        cell = self._cell  # the driver may close it meanwhile
+        if cell is not None:
+            cell.refusals.append(why)
 
     # For the cell
 

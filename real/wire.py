@@ -25,6 +25,8 @@ from isthmus.workloads.errors import InputError
 
 _LARGEST_BYTES = 2**31
 _LARGEST_LETTER_BYTES = 2**20  # without its tensors
+_PORTS = 49_200, 65_500, 1000
+"""From, to, and how many to try: what docs/cluster.md opens in firewalls."""
 _DOMAIN = "isthmus"
 _LETTER, _NOTE = b"letter", b"note"
 
@@ -69,7 +71,7 @@ class Wire:
         self._inbox.zap_domain = _DOMAIN.encode()
         self._inbox.maxmsgsize = _LARGEST_BYTES
         self._inbox.rcvhwm = 0
-        port = self._inbox.bind_to_random_port(f"tcp://{host}")
+        port = self._inbox.bind_to_random_port(f"tcp://{host}", *_PORTS)
         self.address = Address(f"tcp://{host}:{port}", self._public if encrypted else self._secret)
         self._peers: dict[str, Address] = {}
         self._sockets: dict[str, Any] = {}
