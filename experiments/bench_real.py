@@ -1,7 +1,7 @@
 """What the real side adds: a plan in two stages beside its parts alone and raw TCP, and how full a pipeline runs.
 
 Physical nodes, each a process of this machine, over loopback. Both sides of every ratio are measured in one run: the
-parts' own time is that of ONNX Runtime inside it, and raw TCP carries the same bytes at the same rhythm.
+parts' own time is that of their compute spans in it, and raw TCP carries the same bytes at the same rhythm.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Always:
 def bench_real(*, requests: int = 100, progress: Progress | None = None) -> dict[str, Any]:
     """`two_stage`: per model the median of (latency of a request / its parts' own time and raw TCP).
 
-    `pipeline_efficiency`: answers per second of a pipeline of three that never runs dry, over what its slowest stage
-    alone could do.
+    `pipeline_efficiency`: answers per second of a pipeline of three that never runs dry, over what its slowest stage,
+    as long as it took there, would allow.
     """
     from isthmus.real.cluster import local_ray
 

@@ -386,12 +386,12 @@ def bench_real_table(data: Mapping[str, Any]) -> None:
              f"{r['bytes'] / 1024:.0f}", f"{r['ratio']:.3f}"]
             for r in data["two_stage"]
         ],
-        caption="ratio: latency / (the parts' own time in ONNX Runtime + raw TCP of the same bytes), in one run.",
+        caption="ratio: latency / (the parts' compute time in that run + raw TCP of the same bytes).",
     )  # fmt: skip
     stages = ", ".join(f"{1e3 * s:.1f}" for s in data["pipeline_stages_s"])
     console.print(
         f"A pipeline of three stages of {data['pipeline_model']} ({stages} ms) answers {data['pipeline_per_s']:.2f} "
-        f"requests per second: {data['pipeline_efficiency']:.0%} of what its slowest stage alone could."
+        f"requests per second: {data['pipeline_efficiency']:.0%} of what its slowest stage, as it ran there, allows."
     )
 
 
