@@ -141,7 +141,7 @@ def _taken_down(make: Any) -> Iterator[Lab]:
             os._exit(128 + number)
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {asked: signal.signal(asked, end) for asked in (signal.SIGTERM, signal.SIGHUP)}
     try:
         lab: Lab = make()
         try:
@@ -149,7 +149,8 @@ def _taken_down(make: Any) -> Iterator[Lab]:
         finally:
             lab.down()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for asked, handler in before.items():
+            signal.signal(asked, handler)
 
 
 def _call(lab: Lab, host: str, arguments: list[str], *, quiet: bool = False) -> int:

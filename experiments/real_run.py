@@ -7,9 +7,9 @@ links are a lab's.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from isthmus.policies.registry import PolicySpec
 from isthmus.sim.simulator import simulate as simulate_cell
 from isthmus.workloads.errors import InputError, within
 from isthmus.workloads.faults import Fault
+from isthmus.workloads.link_costs import LinkCosts
 from isthmus.workloads.nodes import Node
 from isthmus.workloads.profile import Machine
 from isthmus.workloads.progress import Progress
@@ -55,24 +56,30 @@ def run(
     from isthmus.real.cluster import connect
     from isthmus.real.drive import run_cell
     from isthmus.real.fleet import Fleet
+    from isthmus.real.power import MODELLED
 
     testbed, cells = experiment.testbed, experiment.cells()
     world = world_of(testbed) if ground is None else "lab"
     out = free_folder(out, replace) or new_folder(experiment, world)
     total = len(cells) * sum(map(len, experiment.spec.draw(experiment.spec.seeds[0]).values()))
     warnings, updates = check_real(experiment), experiment.updates
-    wrong: Counter[str] = Counter()
     pressure: dict[str, Any] = {}
     became: list[dict[str, Any]] = []
     energy: dict[str, Any] = {}
+    clocks: dict[str, Any] = {}
     with ExitStack() as stack:
         ray = stack.enter_context(connect(experiment.testbed_spec.cluster, experiment.folder))
         fleet = stack.enter_context(Fleet(ray, testbed))
         machines = fleet.machines()
-        warnings += check_profiles(testbed, machines)
+        warnings += check_profiles(testbed, machines) + check_links(experiment)
+        # What is known only later is filled in: an interrupted run has what there is until then.
         facts: dict[str, Any] = {
             "oracles": experiment.oracles,
             "machines": {n: it.model_dump() for n, it in machines.items()},
+            "pressure": pressure,
+            "energy": energy,
+            "clocks": clocks,
+            "warnings": warnings,
         }
         facts |= {"updates": became} if updates else {}
         writer = stack.enter_context(RunWriter(out, world, experiment.spec, testbed, **facts))
@@ -81,31 +88,34 @@ def run(
             tick(0, "")
             plans = set() if cold else planned(experiment, policy, seed)
             fleet.prepare(plans, {n: s.model for n, s in experiment.spec.sources.items()}, seed)
-            felt = run_cell(
-                fleet,
-                experiment.spec.draw(seed),
-                experiment.make(policy, seed),
-                _counting(writer.sink(policy.label, seed).keep, wrong, policy.label),
-                seed=seed,
-                name=policy.label,
-                faults=experiment.spec.draw_faults(seed),
-                updates=updates,
-                drain_s=experiment.spec.drain,
-                ground=ground,
-                decided=partial(writer.decision, policy=policy.label, seed=seed),
-                updated=_keeping(became, policy=policy.label, seed=seed),
-                tick=tick,
-            )
-            pressure[f"{policy.label}/{seed}"] = vars(felt.pressure)
-            energy[f"{policy.label}/{seed}"] = {
-                node: vars(felt.energy[node]) if node in felt.energy else {"joules": None, "source": "modelled"}
+            with _counted(writer.sink(policy.label, seed).keep, warnings, policy.label) as keep:
+                driven = run_cell(
+                    fleet,
+                    experiment.spec.draw(seed),
+                    experiment.make(policy, seed),
+                    keep,
+                    seed=seed,
+                    name=policy.label,
+                    faults=experiment.spec.draw_faults(seed),
+                    updates=updates,
+                    drain_s=experiment.spec.drain,
+                    ground=ground,
+                    decided=partial(writer.decision, policy=policy.label, seed=seed),
+                    updated=_keeping(became, policy=policy.label, seed=seed),
+                    tick=tick,
+                )
+            cell = f"{policy.label}/{seed}"
+            pressure[cell] = vars(driven.pressure)
+            energy[cell] = {
+                node: vars(driven.energy[node]) if node in driven.energy else {"joules": None, "source": MODELLED}
                 for node in testbed.nodes
             }
-            warnings += [f"{policy.label}: {said}" for said in felt.pressure.warnings()]
+            clocks[cell] = {
+                node: {**asdict(offset), "drift_s": driven.drifts_s.get(node)} for node, offset in fleet.offsets.items()
+            }
+            warnings += [f"{policy.label}: {said}" for said in driven.warnings()]
         if progress is not None:
             progress(total, total, "done")
-        warnings += [f"{label}: {count} answers were not the whole model's" for label, count in (+wrong).items()]
-        writer.add_facts(pressure=pressure, energy=energy, warnings=warnings, clocks=fleet.clocks())
     return Run.load(out)
 
 
@@ -123,14 +133,21 @@ def _ticking(tell: Callable[[str, int], None], label: str) -> Callable[[int, str
     return lambda closed, figures: tell(f"{label}: {figures}" if figures else label, closed)
 
 
-def _counting(sink: Callable[[Record], None], wrong: Counter[str], label: str) -> Callable[[Record], None]:
-    """The sink, which also counts answers that were not the whole model's."""
+@contextmanager
+def _counted(sink: Callable[[Record], None], warnings: list[str], label: str) -> Iterator[Callable[[Record], None]]:
+    """The sink; in the end it is said how many answers were not the whole model's."""
+    wrong = 0
 
     def keep(record: Record) -> None:
-        wrong[label] += record.correct is False
+        nonlocal wrong
+        wrong += record.correct is False
         sink(record)
 
-    return keep
+    try:
+        yield keep
+    finally:
+        if wrong:
+            warnings.append(f"{label}: {wrong} answers were not the whole model's")
 
 
 def check_real(experiment: Experiment) -> list[str]:
@@ -219,10 +236,21 @@ def check_profiles(testbed: Testbed, machines: dict[str, Machine]) -> list[str]:
         there, here = service.profile.machine, machines[name]
         if there.cpu != here.cpu:
             said.append(f"node {name!r}: the profile of {model} was measured on {there.cpu}, and this is {here.cpu}")
-        age = datetime.now(UTC) - datetime.fromisoformat(service.profile.date)
-        if age.days > _STALE_DAYS:
-            said.append(f"node {name!r}: the profile of {model} is {age.days} days old: `isthmus calibrate`")
+        if (days := _days_since(service.profile.date)) > _STALE_DAYS:
+            said.append(f"node {name!r}: the profile of {model} is {days} days old: `isthmus calibrate`")
     return said
+
+
+def check_links(experiment: Experiment) -> list[str]:
+    """A warning about links that were measured long ago."""
+    measured = LinkCosts.find(experiment.store).measured
+    if not experiment.testbed.measured_links or (days := _days_since(measured)) <= _STALE_DAYS:
+        return []
+    return [f"the links between machines were measured {days} days ago: `isthmus calibrate`"]
+
+
+def _days_since(date: str) -> int:
+    return (datetime.now(UTC) - datetime.fromisoformat(date)).days
 
 
 def planned(experiment: Experiment, policy: PolicySpec, seed: int) -> set[Plan]:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from math import ceil
 from platform import node as host_name
 from typing import Any
@@ -25,7 +24,6 @@ from isthmus.policies.dispatch import Answer, Compiler, Dispatcher, Start
 from isthmus.policies.plan import Plan, split
 from isthmus.policies.records import Kind, Record
 from isthmus.real.batches import measure_batches
-from isthmus.real.clocks import Reading, offset
 from isthmus.real.cluster import results, start_actor
 from isthmus.real.drive import run_cell
 from isthmus.real.fleet import Fleet, placed
@@ -204,16 +202,12 @@ def measure_links(ray: Any, testbed: Testbed, progress: Progress | None = None) 
     def ask(node: str, method: str, *arguments: Any) -> Any:
         return results(ray, [getattr(ends[node], method).remote(*arguments)])[0]
 
-    def read(node: str) -> Reading:
-        whose, shows = ask(node, "reading")
-        return whose, shows
-
     costs = []
     try:
         peers = {node: ask(node, "address") for node in nodes}
         for node in nodes:
             ask(node, "connect", peers)
-        probe = Probe(ask, {node: offset(partial(read, node)) for node in nodes})
+        probe = Probe(ask)
         for done, link in enumerate(links):
             if progress is not None:
                 progress(done, len(links), f"link {link[0]} to {link[1]}")

@@ -170,7 +170,8 @@ class NodeCell:
         records, decisions, done = ([], [], True) if self._source is None else self._source.collect()
         refusals = [self.refusals.popleft() for _ in range(len(self.refusals))]
         versions: frozenset[Version] = frozenset() if self._source is None else self._source.versions()
-        spoilt, self._spoilt = self._spoilt, {}
+        with self._lock:
+            spoilt, self._spoilt = self._spoilt, {}
         return Collected(records, decisions, done, self.failure, refusals, spoilt, versions)
 
     def _pace(self, begun_s: float, cpu_s: float) -> float:
@@ -295,7 +296,8 @@ class NodeCell:
         """Nothing comes of a letter: its source has to know, and the driver."""
         said = f"{self.name} {why}"[:_SAID]
         self.refusals.append(said)
-        self._spoilt[letter.request.model, letter.version] = said
+        with self._lock:
+            self._spoilt[letter.request.model, letter.version] = said
         self.server.note(letter.request.source, "lost", letter, said)
 
     def _stamped(self, letter: Letter, message: Message) -> Letter:

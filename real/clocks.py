@@ -22,12 +22,15 @@ _CALLS = 40
 class Offset:
     """Add `offset_s` to this host's monotonic time to have the other's; wrong by `error_s` at most.
 
-    `at_s` is when it was so, here: clocks drift, by some 10 to 50 µs in a second, so that a long run needs two.
+    Without a clock service that steers them, clocks drift by some 10 to 50 µs in a second.
     """
 
     offset_s: float
     error_s: float
-    at_s: float
+
+    def drifted_s(self, before: Offset) -> float:
+        """How far it is certainly from what it was: beyond what either may be wrong by."""
+        return max(abs(self.offset_s - before.offset_s) - self.error_s - before.error_s, 0.0)
 
 
 def reading() -> Reading:
@@ -49,12 +52,5 @@ def offset(read: Callable[[], Reading], calls: int = _CALLS) -> Offset:
         low, high = max(low, there - after), min(high, there - before)
     # A copy of a running virtual machine has the same boot id, and a clock of its own.
     if mine and whose == mine and low <= 0 <= high:
-        return Offset(0.0, 0.0, after)
-    return Offset((low + high) / 2, abs(high - low) / 2, after)
-
-
-def drifting(first: Offset, last: Offset, at_s: float) -> Offset:
-    """The offset at a time between two at which it was measured: clocks drift evenly over some minutes."""
-    share = (at_s - first.at_s) / (last.at_s - first.at_s) if last.at_s > first.at_s else 0.0
-    between = first.offset_s + share * (last.offset_s - first.offset_s)
-    return Offset(between, max(first.error_s, last.error_s), at_s)
+        return Offset(0.0, 0.0)
+    return Offset((low + high) / 2, abs(high - low) / 2)

@@ -5,20 +5,23 @@ The driver. It decides nothing about requests: dispatchers live with their sourc
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from isthmus.policies.contract import Policy
 from isthmus.policies.records import Outcome, Record
+from isthmus.real.cluster import ActorGone
 from isthmus.real.fleet import Fleet
-from isthmus.real.letters import Cell, Version
+from isthmus.real.letters import Cell, Collected, Version
 from isthmus.real.power import Energy
-from isthmus.real.pressure import Pressure, stalled_share
+from isthmus.real.pressure import Pressure
 from isthmus.real.rollout import Rollouts
 from isthmus.workloads.affliction import check_place
 from isthmus.workloads.faults import Fault, NodeFault, merged
@@ -28,6 +31,14 @@ from isthmus.workloads.updates import Update
 _LEAD_S = 0.3
 """From opening a cell on the actors to its time 0."""
 _COLLECT_S = 0.5
+_HEARD_S = 0.05
+"""What actors have to say is waited for so long, and heard the next time otherwise;"""
+_LAST_S = 5.0
+"""so long in the end."""
+_DRIFT_S = 1e-3
+"""What clocks may go apart in a cell."""
+_OVERTIME_S = 60.0
+"""After the end of a cell, for sources that do not say that they are done: then nobody speaks for their requests."""
 _LATEST = 500
 """Answers that live figures are of."""
 
@@ -41,6 +52,20 @@ class Driven(NamedTuple):
     pressure: Pressure
     energy: Mapping[str, Energy]
     """Of physical nodes whose hosts measure it, from time 0 to the end."""
+    sharing: tuple[tuple[str, ...], ...]
+    """Nodes that share a machine whose meters measure it: nobody knows what each of them took."""
+    drifts_s: Mapping[str, float]
+    """How far the clocks of nodes' hosts went from the driver's meanwhile."""
+
+    def warnings(self) -> list[str]:
+        """What makes its figures worse than they look."""
+        said = self.pressure.warnings()
+        for nodes in self.sharing:
+            said.append(f"nodes {', '.join(nodes)} share a machine and its power meters: their energy is modelled")
+        for node, drift_s in self.drifts_s.items():
+            if drift_s > _DRIFT_S:
+                said.append(f"the clock of {node} drifted by {1e3 * drift_s:.1f} ms: let NTP or chrony steer it there")
+        return said
 
 
 class Ground(Protocol):
@@ -80,24 +105,23 @@ def run_cell(
     """
     for fault in faults:
         check_place(fault, fleet.testbed)
-    faults = merged(faults)
     asked = {source: {request.model for request in of} for source, of in requests.items()}
     rollouts = Rollouts(fleet, asked, updates)
     fleet.read_clocks()
+    end_s = max((of[-1].arrival_s for of in requests.values() if of), default=0.0) + drain_s
     lead_s = _LEAD_S
     while True:
         epoch = time.monotonic() + lead_s
-        cell = Cell(fleet.next_cell(), epoch, seed, name, tuple(faults), cuts_links=ground is not None)
-        fleet.call_all("open", {node: (at_host(cell, fleet, node),) for node in fleet.alive})
+        cell = Cell(fleet.next_cell(), epoch, seed, name, tuple(merged(faults)), cuts_links=ground is not None)
+        fleet.ask("open", {node: (at_host(cell, fleet, node),) for node in fleet.alive})
+        fleet.ask("start", {node: (of, policies[node], end_s, rollouts.versions) for node, of in requests.items()})
         late_s = time.monotonic() - epoch
         if late_s <= 0:
             break
         lead_s = _LEAD_S + 2 * late_s  # opening took long on a busy host: begin anew, with nothing lost
     if ground is not None:
         ground.begin(epoch, seed, faults)
-    driving = _Driving(fleet, cell, requests, policies, sink, faults, rollouts, drain_s, ground, decided, tick)
-    for source in requests:
-        driving.start(source)
+    driving = _Driving(fleet, cell, requests, policies, sink, rollouts, end_s, ground, decided, tick)
     try:
         return driving.drive()
     finally:
@@ -111,81 +135,69 @@ def at_host(cell: Cell, fleet: Fleet, node: str) -> Cell:
     return replace(cell, epoch=cell.epoch + (fleet.offsets[node].offset_s if node in fleet.offsets else 0.0))
 
 
+@dataclass
 class _Driving:
-    """One cell under way, seen from the driver."""
+    """One cell under way, seen from the driver. Actors are never waited for that do not answer."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        cell: Cell,
-        requests: Mapping[str, Sequence[Request]],
-        policies: Mapping[str, Policy],
-        sink: Callable[[Record], None],
-        faults: Sequence[Fault],
-        rollouts: Rollouts,
-        drain_s: float,
-        ground: Ground | None,
-        decided: Callable[[Mapping[str, Any]], None] | None,
-        tick: Tick | None,
-    ) -> None:
-        self.fleet, self.cell, self.requests, self.policies = fleet, cell, requests, policies
-        self.sink, self.ground, self.decided, self.tick = sink, ground, decided, tick
-        self.rollouts = rollouts
+    fleet: Fleet
+    cell: Cell
+    requests: Mapping[str, Sequence[Request]]
+    policies: Mapping[str, Policy]
+    sink: Callable[[Record], None]
+    rollouts: Rollouts
+    end_s: float
+    ground: Ground | None
+    decided: Callable[[Mapping[str, Any]], None] | None
+    tick: Tick | None
+
+    def __post_init__(self) -> None:
+        self.closed: dict[str, set[int]] = {source: set() for source in self.requests}
+        self.running = set(self.requests)
         self.under_way: dict[str, frozenset[Version]] = {}
-        self.end_s = max((r[-1].arrival_s for r in requests.values() if r), default=0.0) + drain_s
-        self.closed: dict[str, set[int]] = {source: set() for source in requests}
-        self.running: set[str] = set()
+        self.collecting: dict[str, Any] = {}
         self.overruns = 0
         self.refusals: Counter[str] = Counter()
         self.live = _Live()
-        nodes = [fault for fault in faults if isinstance(fault, NodeFault)]
+        nodes = [fault for fault in self.cell.faults if isinstance(fault, NodeFault)]
         self.falls = sorted(((f.down, f.node, f.up) for f in nodes), key=lambda fall: fall[:2])
         self.reviving: dict[str, float] = {}  # not to come before when
-
-    def start(self, source: str, after_s: float = 0.0) -> None:
-        """Let a source's requests arise, those after some time; earlier ones that are open have failed."""
-        for request in self._open(source):
-            if request.arrival_s < after_s:
-                self._keep(_lost(request, Outcome.FAILED, f"source {source} down"))
-        requests, policy = self._open(source), self.policies[source]
-        self.fleet.call(source, "start", requests, policy, self.end_s, self.rollouts.versions)
-        self.running.add(source)
-        self.under_way.pop(source, None)
-        for node in self.fleet.testbed.nodes:
-            if node not in self.fleet.alive:
-                self.fleet.call(source, "node_is", node, False)
+        self.for_good: list[str] = []  # whose machines went, and do not come back in this cell
 
     def drive(self) -> Driven:
-        try:
-            while self._goes_on():
-                self._let_fall()
-                self._notice_deaths()
-                self._welcome()
-                for node in self.fleet.alive:
-                    self._collect(node)
-                self.rollouts.step(self._now_s, {node: self.under_way.get(node, frozenset()) for node in self.running})
-                if self.tick is not None:
-                    self.tick(sum(map(len, self.closed.values())), self.live.text())
-                time.sleep(self._pause_s() if self._goes_on() else 0.0)
-            self._give_up(Outcome.FAILED, "source down")
-        except KeyboardInterrupt:
-            for source in list(self.running):
-                self._collect(source)
-            self._give_up(Outcome.UNFINISHED, "interrupted")
-            raise
-        finally:
-            lasted_s = max(self._now_s, 1e-9)
-            closed = {node: self.fleet.call(node, "close") for node in self.fleet.alive}
-        used = [it[0] for it in closed.values() if it is not None]
+        with _Interrupts() as interrupts:
+            try:
+                while self._goes_on() and not interrupts.came:
+                    self._let_fall()
+                    self._mourn(self.fleet.died())
+                    self._welcome()
+                    self._collect(_HEARD_S)
+                    self.rollouts.step(self._now_s, {n: self.under_way.get(n, frozenset()) for n in self.running})
+                    if self.tick is not None:
+                        self.tick(sum(map(len, self.closed.values())), self.live.text())
+                    time.sleep(self._pause_s() if self._goes_on() else 0.0)
+                if interrupts.came:
+                    self._collect(_LAST_S)
+                    self._collect(_LAST_S)  # the first one may have been asked before the signal
+                    self._give_up(Outcome.UNFINISHED, "interrupted")
+                    raise KeyboardInterrupt
+                self._give_up(Outcome.FAILED, "source down")
+            finally:
+                driven = self._end()
+        return driven
+
+    def _end(self) -> Driven:
+        lasted_s = max(self._now_s, 1e-9)
+        closed = self.fleet.ask("close", dict.fromkeys(self.fleet.alive, ()))
+        drifts_s = self.fleet.drifts_s(closed)
+        if self.ground is not None:
+            for node in self.for_good:
+                self.ground.restart(node)
+        loads = {node: it[0] for node, it in closed.items() if it is not None}
         energy = {node: it[1] for node, it in closed.items() if it is not None and it[1] is not None}
-        felt = Pressure(
-            self.overruns / max(sum(map(len, self.requests.values())), 1),
-            sum(u.run_delay_s for u in used) / lasted_s / max(len(used), 1),
-            sum(u.cpu_s for u in used) / lasted_s,
-            stalled_share(),
-            sum(self.refusals.values()),
-        )
-        return Driven(felt, energy)
+        overruns = self.overruns / max(sum(map(len, self.requests.values())), 1)
+        felt = Pressure.of(overruns, list(loads.values()), lasted_s, self.refusals.total())
+        alone, shared = by_machine(energy, {node: load.host for node, load in loads.items()})
+        return Driven(felt, alone, shared, drifts_s)
 
     @property
     def _now_s(self) -> float:
@@ -195,7 +207,8 @@ class _Driving:
         return [r for r in self.requests[source] if r.number not in self.closed[source]]
 
     def _goes_on(self) -> bool:
-        return bool(self.running) or self._awaits_a_source() or self.rollouts.going
+        going = bool(self.running) or self._awaits_a_source() or self.rollouts.going
+        return going and self._now_s < self.end_s + _OVERTIME_S
 
     def _awaits_a_source(self) -> bool:
         """Whether a source that is away will be back with requests to make."""
@@ -214,21 +227,20 @@ class _Driving:
             _, node, up = self.falls.pop(0)
             if node not in self.fleet.alive:
                 continue
-            self._collect(node)  # what it had closed before it goes
+            self._collect(_HEARD_S)  # what it had closed before it goes
             if self.ground is not None:
                 self.ground.kill(node)
             self.fleet.kill(node)
             self._mourn([other for other in self.fleet.died() if other != node])
             self._tell(node, up=False)
-            if up is not None:
+            if up is None:
+                self.for_good.append(node)
+            else:
                 if self.ground is not None:
                     self.ground.restart(node)
                 # It takes seconds to start, so that begins now; it is let in when it is due.
                 self.fleet.revive(node)
                 self.reviving[node] = up
-
-    def _notice_deaths(self) -> None:
-        self._mourn(self.fleet.died())
 
     def _mourn(self, nodes: Sequence[str]) -> None:
         """These went without being told to: they are started anew."""
@@ -239,29 +251,48 @@ class _Driving:
 
     def _welcome(self) -> None:
         for node, at_s in list(self.reviving.items()):
-            if not self.fleet.is_ready(node) or self._now_s < at_s:
+            if not self.fleet.is_ready(node) or self._now_s < at_s or not self.fleet.welcome(node):
                 continue
             del self.reviving[node]
-            self.fleet.welcome(node)
-            self.fleet.call(node, "open", at_host(self.cell, self.fleet, node))
+            if node not in self.fleet.ask("open", {node: (at_host(self.cell, self.fleet, node),)}):
+                continue  # it has gone again
             self._tell(node, up=True)
             if node in self.requests:
-                self.start(node, after_s=self._now_s)
+                self._start(node)
+
+    def _start(self, source: str) -> None:
+        """Let the rest of a source's requests arise; those whose time it was away have failed."""
+        now_s = self._now_s
+        for request in self._open(source):
+            if request.arrival_s < now_s:
+                self._keep(_lost(request, Outcome.FAILED, f"source {source} down"))
+        rest = self._open(source), self.policies[source], self.end_s, self.rollouts.versions
+        self.fleet.ask("start", {source: rest})
+        self.running.add(source)
+        self.under_way.pop(source, None)
+        self.fleet.ask(
+            "nodes_are_down", {source: ([n for n in self.fleet.testbed.nodes if n not in self.fleet.alive],)}
+        )
 
     def _tell(self, node: str, *, up: bool) -> None:
         if not up:
             self.running.discard(node)
-        for source in self.running:
-            self.fleet.call(source, "node_is", node, up)
+        for source in self.running & {*self.fleet.alive}:
+            self.fleet.begin(source, "node_is", node, up)
 
     # Records
 
-    def _collect(self, node: str) -> None:
-        collected = self.fleet.call(node, "collect")
-        if collected is None:
-            return  # it is gone: `died` says so next time
-        if collected.failure is not None:
-            raise collected.failure
+    def _collect(self, wait_s: float) -> None:
+        """What actors have to say, as far as they answer until then; the others are heard later."""
+        alive = self.fleet.alive
+        asked = {node: self.collecting.get(node) or self.fleet.begin(node, "collect") for node in alive}
+        answers = self.fleet.answered(asked, wait_s)
+        self.collecting = {node: begun for node, begun in asked.items() if node not in answers}
+        for node, collected in answers.items():
+            if not isinstance(collected, ActorGone):  # otherwise `died` says so
+                self._hear(node, collected)
+
+    def _hear(self, node: str, collected: Collected) -> None:
         for record in collected.records:
             self._keep(record)
         if self.decided is not None:
@@ -270,7 +301,9 @@ class _Driving:
         self.refusals.update(collected.refusals)
         self.under_way[node] = collected.versions
         self.rollouts.hear(collected.spoilt)
-        if collected.done and node in self.running:
+        if collected.failure is not None:
+            raise collected.failure
+        if collected.done:
             self.running.discard(node)
 
     def _give_up(self, outcome: Outcome, reason: str) -> None:
@@ -286,6 +319,37 @@ class _Driving:
             self.live.see(record)
             self.rollouts.see(record)
             self.sink(record)
+
+
+class _Interrupts:
+    """Ctrl-C, held back so that what an actor has just said is not lost. The second one is at once."""
+
+    came = False
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._come)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._before)
+
+    def _come(self, *_: object) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
+
+
+def by_machine(
+    energy: Mapping[str, Energy], hosts: Mapping[str, str]
+) -> tuple[dict[str, Energy], tuple[tuple[str, ...], ...]]:
+    """The energies of nodes that have their machine to themselves, and which others share one: meters know machines."""
+    together: dict[str, list[str]] = defaultdict(list)
+    for node in energy:
+        together[hosts[node]].append(node)
+    alone = {node: energy[node] for nodes in together.values() if len(nodes) == 1 for node in nodes}
+    return alone, tuple(tuple(nodes) for nodes in together.values() if len(nodes) > 1)
 
 
 class _Live:

@@ -5,10 +5,11 @@ Knows Ray's actors and where they run. What goes on in a cell is in `drive.py` a
 
 from __future__ import annotations
 
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from typing import Any
 
@@ -19,6 +20,7 @@ from isthmus.real.letters import Version
 from isthmus.real.model_files import packed
 from isthmus.real.node import NodeServer
 from isthmus.real.release import Release
+from isthmus.real.wire import Address
 from isthmus.workloads.cluster import resource
 from isthmus.workloads.errors import IsthmusError, RunFailure
 from isthmus.workloads.model import Part
@@ -26,7 +28,11 @@ from isthmus.workloads.profile import Machine
 from isthmus.workloads.testbed import Testbed
 
 _PATIENCE_S = 120
+_ANSWER_S = 30
+"""After which an actor that does not answer is left alone, while a cell goes on."""
 _READINGS = 12
+_DEATHS = 5
+"""So often a node is started anew that dies before it is let in."""
 
 
 @dataclass
@@ -51,8 +57,10 @@ class Fleet:
     offsets: dict[str, Offset] = field(default_factory=dict)
     """By node: how its host's clock differs from this one's."""
     _actors: dict[str, Any] = field(default_factory=dict)
+    _addresses: dict[str, Address] = field(default_factory=dict)
     _watches: dict[Any, str] = field(default_factory=dict)
     _spares: dict[str, _Spare] = field(default_factory=dict)
+    _deaths: Counter[str] = field(default_factory=Counter)
     _shared: Any = None
     _files: Any = None
     _cells: Any = field(default_factory=count)
@@ -68,10 +76,10 @@ class Fleet:
         self._check_hosts()
         self._shared = self.ray.put(self.testbed)
         self._files = self.ray.put({name: packed(model) for name, model in self.testbed.models.items()})
-        for node in self.testbed.nodes:
-            self._join(node, self._start(node))
-        self._get([actor.ready.remote() for actor in self._actors.values()])
-        self._introduce()
+        started = {node: self._start(node) for node in self.testbed.nodes}
+        for node, address in zip(started, self._get([of.address.remote() for of in started.values()]), strict=True):
+            self._join(node, started[node], address)
+        self._get([actor.connect.remote(self._addresses) for actor in self._actors.values()])
 
     def close(self) -> None:
         for actor in (*self._actors.values(), *(spare.actor for spare in self._spares.values())):
@@ -93,7 +101,7 @@ class Fleet:
         if self._offers or self._retired:
             for of in (self._offers, self._staged, self._retired, self.broken, self._loaded, self._answers):
                 of.clear()
-        self._heal()
+        self.heal()
         wanted: dict[str, set[Part]] = defaultdict(set)
         for plan in plans:
             for stage in plan.stages:
@@ -114,21 +122,29 @@ class Fleet:
     def read_clocks(self) -> None:
         """Find out anew how the clocks of all hosts differ from this one's."""
         for node, actor in self._actors.items():
-            self.offsets[node] = offset(partial(self._read, actor), _READINGS)
+            with suppress(ActorGone):
+                self.offsets[node] = self._offset(actor)
 
-    def _read(self, actor: Any) -> Reading:
-        whose, shows = self._get([actor.reading.remote()])[0]
-        return whose, shows
+    def drifts_s(self, nodes: Iterable[str]) -> dict[str, float]:
+        """How far the clocks of these have gone since they were read, beyond what they may be known wrong by."""
+        drifts = {}
+        for node in nodes:
+            with suppress(RunFailure):
+                drifts[node] = self._offset(self._actors[node]).drifted_s(self.offsets[node])
+        return drifts
+
+    def _offset(self, actor: Any) -> Offset:
+        def read() -> Reading:
+            whose, shows = results(self.ray, [actor.reading.remote()], _ANSWER_S)[0]
+            return whose, shows
+
+        return offset(read, _READINGS)
 
     def machines(self) -> dict[str, Machine]:
         """Where each node is, as its actor finds it."""
         nodes = list(self._actors)
         found = self._get([self._actors[n].machine.remote(self.testbed.nodes[n].host or "host") for n in nodes])
         return dict(zip(nodes, found, strict=True))
-
-    def clocks(self) -> dict[str, dict[str, float]]:
-        """For the record: the offsets as they were read last, and how well they are known."""
-        return {n: {"offset_s": o.offset_s, "error_s": o.error_s} for n, o in self.offsets.items()}
 
     def next_cell(self) -> int:
         return int(next(self._cells))
@@ -137,18 +153,30 @@ class Fleet:
     def alive(self) -> list[str]:
         return list(self._actors)
 
-    def call(self, node: str, method: str, *arguments: Any) -> Any:
-        """Call a node's actor and wait; None when it is gone."""
-        if node not in self._actors:
-            return None
-        try:
-            return results(self.ray, [getattr(self._actors[node], method).remote(*arguments)], _PATIENCE_S)[0]
-        except ActorGone:
-            return None
+    def begin(self, node: str, method: str, *arguments: Any) -> Any:
+        """Call a node's actor; what to wait for."""
+        return getattr(self._actors[node], method).remote(*arguments)
 
-    def call_all(self, method: str, arguments: Mapping[str, tuple[Any, ...]]) -> None:
-        """Call actors at the same time, each with arguments of its own, and wait for all."""
-        self._get([getattr(self._actors[node], method).remote(*given) for node, given in arguments.items()])
+    def answered(self, begun: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        """What those answer, by node, that do so until then; of one that is gone the error that says so."""
+        waiting = list(begun.values())
+        done = self.ray.wait(waiting, num_returns=len(waiting), timeout=timeout_s)[0] if waiting else []
+        answers: dict[str, Any] = {}
+        for node in [node for node, of in begun.items() if of in done]:
+            try:
+                [answers[node]] = self._get([begun[node]])
+            except ActorGone as gone:
+                answers[node] = gone
+        return answers
+
+    def ask(self, method: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """Call actors at the same time, each with arguments of its own: what they answer, by node.
+
+        Those that are gone, or do not answer for half a minute, are left out.
+        """
+        begun = {node: self.begin(node, method, *given) for node, given in arguments.items() if node in self._actors}
+        answers = self.answered(begun, _ANSWER_S)
+        return {node: answer for node, answer in answers.items() if not isinstance(answer, ActorGone)}
 
     # Nodes that go and come
 
@@ -164,7 +192,8 @@ class Fleet:
         done, _ = self.ray.wait(list(self._watches), num_returns=len(self._watches), timeout=0)
         gone = [self._watches.pop(ref) for ref in done]
         for node in gone:
-            del self._actors[node]
+            self.ray.kill(self._actors.pop(node))  # one that only cannot be reached is not to come back
+            self._addresses.pop(node)
         return gone
 
     def revive(self, node: str) -> None:
@@ -181,13 +210,17 @@ class Fleet:
         self._spares[node] = _Spare(actor, asked)
 
     def is_ready(self, node: str) -> bool:
-        """Whether a revived actor can be let in. Calling it again and again is what makes it ready."""
+        """Whether a revived actor can be let in. Calling it again and again is what makes it ready.
+
+        One that dies meanwhile is started anew; ActorGone when that has happened too often.
+        """
         spare = self._spares[node]
         while self.are_done(spare.asked):
             try:
                 self._get(spare.asked)
-            except ActorGone:
-                raise
+            except ActorGone as gone:
+                self._start_again(node, gone)
+                return False
             except IsthmusError as error:
                 if spare.staging is None:
                     raise
@@ -201,12 +234,51 @@ class Fleet:
             spare.asked = [self._stage(spare.actor, node, spare.staging)]
         return False
 
-    def welcome(self, node: str) -> None:
-        """Let a revived actor take its node's place. Its machine may have been started anew, and its clock with it."""
-        actor = self._spares.pop(node).actor
-        self.offsets[node] = offset(partial(self._read, actor), _READINGS)
-        self._join(node, actor)
-        self._introduce(node)
+    def welcome(self, node: str) -> bool:
+        """Let a revived actor take its node's place, unless it has just died: then it is started anew.
+
+        Its machine may have been started anew as well, and its clock with it.
+        """
+        actor = self._spares[node].actor
+        try:
+            self.offsets[node] = self._offset(actor)
+            [address] = self._get([actor.address.remote()])
+            self._get([actor.connect.remote({**self._addresses, node: address})])  # it first: it has to know who speaks
+        except ActorGone as gone:
+            self._start_again(node, gone)
+            return False
+        del self._spares[node]
+        self._deaths[node] = 0
+        self._join(node, actor, address)
+        self.ask("connect", {other: (self._addresses,) for other in self._actors if other != node})
+        return True
+
+    def heal(self) -> None:
+        """Fresh actors for nodes that are gone, so that a fault of one cell does not reach into the next.
+
+        RunFailure for a node that does not come back for minutes.
+        """
+        self.died()
+        missing = [node for node in self.testbed.nodes if node not in self._actors]
+        for node in missing:
+            self._loaded.pop(node, None)
+            self._answers.pop(node, None)
+            if node not in self._spares:
+                self.revive(node)
+        until_s = time.monotonic() + _PATIENCE_S
+        while missing:
+            missing = [node for node in missing if not (self.is_ready(node) and self.welcome(node))]
+            if missing and time.monotonic() > until_s:
+                where = self.testbed.nodes[missing[0]].host or "this machine"
+                raise RunFailure(f"node {missing[0]!r} cannot be started again: {where} has no place for it")
+            time.sleep(0.02 if missing else 0.0)
+
+    def _start_again(self, node: str, gone: ActorGone) -> None:
+        self._deaths[node] += 1
+        if self._deaths[node] >= _DEATHS:
+            raise ActorGone(f"node {node!r} dies whenever it is started: {gone}")
+        self.ray.kill(self._spares[node].actor)
+        self.revive(node)
 
     # Versions of models: which is used where, `rollout.py` decides
 
@@ -258,20 +330,6 @@ class Fleet:
         """The version that the testbed has."""
         return model, self.testbed.models[model].version
 
-    def _heal(self) -> None:
-        """Fresh actors for nodes that are gone, so that a fault of one cell does not reach into the next."""
-        self.died()
-        missing = [node for node in self.testbed.nodes if node not in self._actors]
-        for node in missing:
-            self._loaded.pop(node, None)
-            self._answers.pop(node, None)
-        for node in missing:
-            if node not in self._spares:
-                self.revive(node)
-        for node in missing:
-            self._get(self._spares[node].asked)
-            self.welcome(node)
-
     def _check_hosts(self) -> None:
         if self.testbed.spec.cluster is None:
             return
@@ -289,16 +347,9 @@ class Fleet:
         address = "127.0.0.1" if self.testbed.spec.cluster is None else None
         return start_actor(self.ray, NodeServer, node, self._shared, self._files, address, **where)
 
-    def _join(self, node: str, actor: Any) -> None:
-        self._actors[node] = actor
+    def _join(self, node: str, actor: Any, address: Address) -> None:
+        self._actors[node], self._addresses[node] = actor, address
         self._watches[actor.watch.remote()] = node
-
-    def _introduce(self, fresh: str | None = None) -> None:
-        """Let all actors know where the others are; a fresh one first, so that it knows who speaks to it."""
-        nodes = list(self._actors)
-        peers = dict(zip(nodes, self._get([self._actors[n].address.remote() for n in nodes]), strict=True))
-        for some in [[fresh], [n for n in nodes if n != fresh]] if fresh else [nodes]:
-            self._get([self._actors[n].connect.remote(peers) for n in some])
 
     def _get(self, references: list[Any]) -> list[Any]:
         return results(self.ray, references)

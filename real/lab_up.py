@@ -36,7 +36,7 @@ for setting in 4/ip_forward=$FORWARD 4/conf/all/send_redirects=0 4/conf/default/
 done
 echo "$NAME" >/proc/sys/kernel/hostname
 mount -t tmpfs -o mode=1777 isthmus-lab /dev/shm
-test -d /tmp/ray || mkdir -m 0777 /tmp/ray
+test -d /tmp/ray || mkdir -m 1777 /tmp/ray
 mount --bind "$FOLDER/$NAME/ray" /tmp/ray
 mount --bind "$FOLDER/hosts" /etc/hosts
 test ! -e /etc/resolv.conf || mount --bind "$FOLDER/empty" /etc/resolv.conf

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count, islice
 from random import Random
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.policies.plan import Plan
-from isthmus.real.clocks import Offset, Reading, reading
+from isthmus.real.clocks import Offset, Reading, offset, reading
 from isthmus.real.cluster import own_address
 from isthmus.real.letters import Letter
 from isthmus.real.session import Array
@@ -92,14 +93,16 @@ Ask = Callable[..., Any]
 
 
 class Probe:
-    """Measures links, given their ends. `offsets`: how the clock of each node's host differs from some one clock."""
+    """Measures links, given their ends. How the clocks of their hosts differ it finds out anew for each: they drift."""
 
-    def __init__(self, ask: Ask, offsets: Mapping[str, Offset]) -> None:
-        self._ask, self._offsets = ask, offsets
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._offsets: Mapping[str, Offset] = {}
         self._number = count()
 
     def measure(self, link: LinkId, declared_bytes_per_s: float | None = None) -> LinkCost:
         """What one direction carries, and how long that takes. RunFailure when messages do not arrive."""
+        self._offsets = {node: offset(partial(self._read, node)) for node in link}
         rate = self._train(link, _LEAST_BYTES)
         largest = int(min(max(_LONGEST_S * rate, _LEAST_BYTES), _MOST_BYTES))
         rate = self._train(link, largest // 4)  # TCP's window is as wide now as the link needs it
@@ -118,6 +121,10 @@ class Probe:
             clock_error_s=sum(self._offsets[node].error_s for node in link),
             samples=tuple((size, round(seconds, 7)) for size, seconds in zip(sizes, times, strict=True)),
         )
+
+    def _read(self, node: str) -> Reading:
+        whose, shows = self._ask(node, "reading")
+        return whose, shows
 
     def _train(self, link: LinkId, size: int) -> float:
         """Bytes per second of messages that follow each other at once: how far apart the later ones arrive."""

@@ -23,6 +23,8 @@ def packed(model: Model) -> Files:
     path = Path(model.source)
     if not path.is_file():
         return {}
+    if sha256_here(model) != model.sha256:
+        raise InputError("has changed since it was loaded", where=path, allowed="the same file until the run ends")
     files = {path.name: path.read_bytes()}
     for location in onnx_file.external_files(path):
         files[location] = onnx_file.beside(path, location).read_bytes()

@@ -24,7 +24,7 @@ from isthmus.real.cluster import own_address
 from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version
 from isthmus.real.model_files import Files, unpacked
 from isthmus.real.power import Energy, PowerLog
-from isthmus.real.pressure import Usage
+from isthmus.real.pressure import Load, cores, stalled_share
 from isthmus.real.profiler import this_machine
 from isthmus.real.release import Probe, check, check_finite
 from isthmus.real.residents import Residents, absent
@@ -147,7 +147,12 @@ class NodeServer:
         if self._cell is not None:
             self._cell.node_is(node, up)
 
-    def close(self) -> tuple[Usage, Energy | None] | None:
+    def nodes_are_down(self, nodes: Sequence[str]) -> None:
+        """These are away while it begins."""
+        for node in nodes:
+            self.node_is(node, up=False)
+
+    def close(self) -> tuple[Load, Energy | None] | None:
         """End the cell; what it used of the host, and the energy of a physical node whose host measures it."""
         if self._cell is None:
             return None
@@ -156,9 +161,9 @@ class NodeServer:
             self._power.stop()
             with suppress(RunFailure):  # not logged from the beginning, as after a node came back: then it is modelled
                 energy = self._power.energy(began, ends) if began < ends else None
-        used = self._cell.close()
+        load = Load(self._cell.close(), reading()[0], cores(), stalled_share())
         self._cell = None
-        return used, energy
+        return load, energy
 
     def watch(self) -> None:
         """Never returns: whoever waits for it learns when this actor is gone."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,30 +45,55 @@ def cores() -> int:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What an actor used of its host during a cell, and how its host fared."""
+
+    used: Usage
+    host: str
+    """Whose clock it reads: actors that share a host say the same."""
+    cores: int
+    stalled_share: float | None
+
+
+@dataclass(frozen=True)
 class Pressure:
     """How hard-pressed the hosts were during a cell. Beyond the limits of `warnings` the figures suffer."""
 
     overrun_share: float
     run_delay_share: float
     """Seconds that an actor's threads waited for a processor, over the time that the cell took; mean of the actors."""
-    cpu_cores: float
-    """Processors that the actors kept busy, on average."""
+    busy_share: float
+    """Of its processors, what the actors of the busiest host kept busy on average."""
     stalled_share: float | None
+    """Of the host where it was most, in the last ten seconds."""
     refused: int = 0
     """Messages that an actor did not take because something was wrong with them."""
+
+    @classmethod
+    def of(cls, overrun_share: float, loads: Collection[Load], lasted_s: float, refused: int) -> Pressure:
+        busy: dict[str, float] = defaultdict(float)
+        for load in loads:
+            busy[load.host] += load.used.cpu_s / lasted_s / load.cores
+        return cls(
+            overrun_share,
+            sum(load.used.run_delay_s for load in loads) / lasted_s / max(len(loads), 1),
+            max(busy.values(), default=0.0),
+            max((load.stalled_share for load in loads if load.stalled_share is not None), default=None),
+            refused,
+        )
 
     def warnings(self) -> list[str]:
         said = []
         if self.overrun_share > 0.05:
-            said.append(f"INVALID: the host was too late for {self.overrun_share:.1%} of requests (limit 5 %)")
+            said.append(f"INVALID: a host was too late for {self.overrun_share:.1%} of requests (limit 5 %)")
         elif self.overrun_share > 0.01:
-            said.append(f"the host was too late for {self.overrun_share:.1%} of requests (good: up to 1 %)")
+            said.append(f"a host was too late for {self.overrun_share:.1%} of requests (good: up to 1 %)")
         if self.run_delay_share > 0.15:
             said.append(f"actors waited for a processor {self.run_delay_share:.0%} of the time (good: up to 15 %)")
-        if self.cpu_cores > 0.6 * cores():
-            said.append(f"actors kept {self.cpu_cores:.1f} of {cores()} processors busy (good: up to 60 %)")
+        if self.busy_share > 0.6:
+            said.append(f"actors kept {self.busy_share:.0%} of a host's processors busy (good: up to 60 %)")
         if self.stalled_share is not None and self.stalled_share > 0.2:
-            said.append(f"tasks of this host waited for a processor {self.stalled_share:.0%} of the time (good: 20 %)")
+            said.append(f"tasks of a host waited for a processor {self.stalled_share:.0%} of the time (good: 20 %)")
         if self.refused:
             said.append(f"{self.refused} messages were refused: something was wrong with them")
         return said

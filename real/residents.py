@@ -57,7 +57,7 @@ class Residents:
         self._runs_in, self._sizes, self._is_filed = runs_in, tuple(sizes), filed
         self._sessions: dict[Shaped, PartSession] = {}
         self._files: dict[Shaped, Filed] = {}
-        self._loading = threading.Lock()
+        self._loading = threading.RLock()
 
     @property
     def resident(self) -> tuple[Shaped, ...]:
@@ -92,27 +92,31 @@ class Residents:
 
     def admit(self, staged: Staged) -> None:
         """Have what was staged."""
-        self._sessions.update(staged.sessions)
-        self._files.update(staged.files)
-        self._models[staged.model.name, staged.model.version] = staged.model
+        with self._loading:
+            self._sessions.update(staged.sessions)
+            self._files.update(staged.files)
+            self._models[staged.model.name, staged.model.version] = staged.model
 
     def parts(self, model: str) -> set[Part]:
         """What there is of a model, in whatever version."""
-        return {part for part, *_ in (*list(self._sessions), *list(self._files)) if part.model == model}
+        with self._loading:
+            return {part for part, *_ in (*self._sessions, *self._files) if part.model == model}
 
     def forget(self, model: str, version: str) -> None:
         """Have a version no longer."""
-        self._models.pop((model, version), None)
         of = (model, version)
-        self.keep([key for key in list(self._sessions) if (key[0].model, key[1]) != of])
-        for key in [key for key in list(self._files) if (key[0].model, key[1]) == of]:
-            self._files.pop(key)[0].close()
+        with self._loading:
+            self._models.pop(of, None)
+            self.keep([key for key in self._sessions if (key[0].model, key[1]) != of])
+            for key in [key for key in self._files if (key[0].model, key[1]) == of]:
+                self._files.pop(key)[0].close()
 
     def keep(self, sessions: Iterable[Shaped]) -> None:
         """Drop all others."""
         kept = set(sessions)
-        for key in [key for key in list(self._sessions) if key not in kept]:
-            self._sessions.pop(key).close()
+        with self._loading:
+            for key in [key for key in self._sessions if key not in kept]:
+                self._sessions.pop(key).close()
 
     def begin(self) -> None:
         """A run begins: with files, nothing is resident."""

@@ -116,7 +116,7 @@ class Rollouts:
         except _Undone as why:
             self.versions[model] = old
             for source in self._asking(model):
-                self._fleet.call(source, "use", model, old)
+                self._fleet.ask("use", {source: (model, old)})
             yield []
             yield from self._until_none(model, version, check=False)
             self._fleet.withdraw((model, version))
@@ -142,7 +142,7 @@ class Rollouts:
     def _switch(self, source: str, model: str, version: str) -> Iterator[list[Any]]:
         if source not in self._under_way:
             return  # if it starts again, then with what `versions` says
-        self._fleet.call(source, "use", model, version)
+        self._fleet.ask("use", {source: (model, version)})
         until_s = self._now_s + _WATCHED_S
         while source in self._under_way and self._seen[source] < _WATCHED and self._now_s < until_s:
             yield []

@@ -280,7 +280,7 @@ def fleet(ray: Any, testbed: Testbed) -> Iterator[Fleet]:
 
 
 def _addresses(fleet: Fleet) -> dict[str, Any]:
-    return {node: fleet.call(node, "address") for node in NODES}
+    return fleet.ask("address", dict.fromkeys(NODES, ()))
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def mad(fleet: Fleet) -> Iterator[Stranger]:
 
 def _open(fleet: Fleet) -> Cell:
     cell = Cell(fleet.next_cell(), time.monotonic(), 1, "policy")
-    fleet.call_all("open", dict.fromkeys(NODES, (cell,)))
+    fleet.ask("open", dict.fromkeys(NODES, (cell,)))
     return cell
 
 
@@ -302,7 +302,7 @@ def _refusals(fleet: Fleet, count: int, patience_s: float = 10.0) -> list[str]:
     said: list[str] = []
     until = time.monotonic() + patience_s
     while len(said) < count and time.monotonic() < until:
-        collected = fleet.call(HERE, "collect")
+        collected = fleet.ask("collect", {HERE: ()})[HERE]
         assert collected is not None, "the actor has died"
         assert collected.failure is None
         said += collected.refusals
@@ -341,7 +341,7 @@ def test_an_answer_to_nothing_is_ignored(fleet, mad, valid):
     mad.send(parcel.frames())  # a stage of a request that nobody made: computed, and answered to a source without it
     time.sleep(0.5)
     for node in NODES:
-        collected = fleet.call(node, "collect")
+        collected = fleet.ask("collect", {node: ()})[node]
         assert (collected.failure, collected.refusals, collected.records) == (None, [], [])
     _all_is_well(fleet)
 

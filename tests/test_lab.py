@@ -23,6 +23,7 @@ import pytest
 from isthmus.experiments.cli import main
 from isthmus.experiments.execute import Experiment
 from isthmus.experiments.lab import hosts_and_links, in_lab
+from isthmus.experiments.run_folder import Run
 from isthmus.real.lab import HEAD, VARIABLE, Host, Lab, Process, names, unavailable
 from isthmus.workloads.cluster import ClusterSpec
 from isthmus.workloads.errors import InputError, RunFailure
@@ -346,6 +347,30 @@ def test_actors_of_ray_are_pinned_to_hosts_and_send_over_links(tmp_path):
         assert refused.returncode != 0
     finally:
         lab.down()
+
+
+@needs_lab
+@pytest.mark.slow
+def test_a_host_that_went_for_good_is_there_for_the_next_policy(tmp_path, chain):
+    pytest.importorskip("ray")
+    (tmp_path / "gone.yaml").write_text(
+        f"testbed: {{models: {{net: '{chain}'}},"
+        " nodes: {a: {service: {mean: 20ms}}, b: {service: {mean: 5ms}}},"
+        " links: [{between: [a, b], rate: 20Mbit, latency: 3ms}]}\n"
+        "workload: [{node: a, model: net, arrivals: {kind: periodic, period: 200ms}, requests: 30, timeout: 2s}]\n"
+        "policies: [remote, {remote: {label: again}}]\n"
+        "faults: [{node: b, down: 3s}]\n"
+    )
+    main = "from isthmus.experiments.cli import main; main()"
+    command = [sys.executable, "-c", main, "lab", "run", "gone.yaml", "--out", "out", "--no-repeat", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    requests = Run.load(tmp_path / "out" / "gone" / "real").requests
+    for label in ("remote", "again"):
+        of = requests[requests["policy"] == label]
+        assert set(of["outcome"]) == {"completed"}
+        assert of[of["arrival_s"] < 2.5]["plan"].str.contains('"b"').all()
+        assert not of[of["arrival_s"] > 3.5]["plan"].str.contains('"b"').any()
 
 
 _DRIVER = """

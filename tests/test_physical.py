@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -20,11 +22,13 @@ from isthmus.experiments.real_run import world_of
 from isthmus.policies.plan import split, whole_on
 from isthmus.policies.records import Kind, Outcome, Record
 from isthmus.real.calibrate import measure_links
-from isthmus.real.drive import run_cell
+from isthmus.real.drive import by_machine, run_cell
 from isthmus.real.fleet import Fleet
 from isthmus.real.letters import Letter, letter_from, letter_to
+from isthmus.real.power import Energy
+from isthmus.real.pressure import Load, Pressure, Usage
 from isthmus.real.wire import Address, Wire
-from isthmus.workloads.errors import InputError
+from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.faults import Fault, LinkFault, LostMessages, NodeFault, SlowNode
 from isthmus.workloads.link_costs import LinkCost, LinkCosts
 from isthmus.workloads.links import SlowStart
@@ -129,6 +133,82 @@ def test_an_actor_that_dies_is_started_anew(ray, build):
     assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 120}
     again = [r for r in records if r.plan and '"b"' in r.plan]
     assert again[-1].number > 100, "the node was not used again after it was started anew"
+
+
+def test_an_actor_that_dies_again_before_it_is_let_in_is_started_once_more(ray, build):
+    testbed = build()
+    plan = split(testbed.models["chain"], (3,), ("a", "b"))
+    deaths = []
+
+    def crash(fleet: Fleet) -> None:
+        time.sleep(1.0)
+        ray.kill(fleet._actors["b"])
+        deaths.append("in use")
+        until(lambda: "b" in fleet._spares)
+        ray.kill(fleet._spares["b"].actor)
+        deaths.append("before it was let in")
+
+    records, _ = play(ray, testbed, plan, every(0.1, 150), crash, drain_s=30.0)
+    assert len(deaths) == 2
+    assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 150}
+    again = [r for r in records if r.plan and '"b"' in r.plan]
+    assert again[-1].number > 120, "the node was not used again after it was started anew"
+
+
+def test_who_does_not_answer_keeps_nobody_waiting(ray, build):
+    """A machine that hangs is not gone yet: what the others have done is heard all the same, and the run ends."""
+    testbed = build()
+    heard_s: list[float] = []
+    began = time.monotonic()
+    with Fleet(ray, testbed) as fleet:
+        fleet.prepare([], {"a": "chain"}, 1)
+        hung = ray.get(fleet._actors["b"].__ray_call__.remote(lambda _: os.getpid()))
+        timers = [
+            threading.Timer(1.0, os.kill, (hung, signal.SIGSTOP)),
+            threading.Timer(5.0, os.kill, (hung, signal.SIGCONT)),
+        ]
+        for timer in timers:
+            timer.start()
+        try:
+            requests, plan = every(0.1, 60), whole_on(testbed.models["chain"], "a")
+            run_cell(
+                fleet, {"a": requests}, {"a": Always(plan)},
+                lambda record: heard_s.append(time.monotonic() - began), seed=1,
+            )  # fmt: skip
+        finally:
+            for timer in timers:
+                timer.join()
+    assert len(heard_s) == 60
+    assert sum(2.0 < at_s < 4.9 for at_s in heard_s) > 15
+
+
+def test_a_node_that_dies_whenever_it_is_started_ends_the_run(ray, build, monkeypatch):
+    testbed = build()
+    plan = split(testbed.models["chain"], (3,), ("a", "b"))
+    started = Fleet._start
+
+    def crash(fleet: Fleet) -> None:
+        time.sleep(1.0)
+        monkeypatch.setattr(Fleet, "_start", lambda self, node: started(self, "nobody"))  # such a node it cannot be
+        ray.kill(fleet._actors["b"])
+
+    with pytest.raises(RunFailure, match="'b' dies whenever it is started"):
+        play(ray, testbed, plan, every(0.1, 300), crash, drain_s=30.0)
+
+
+def test_pressure_is_of_each_host():
+    def load(host: str, cpu_s: float, stalled: float | None) -> Load:
+        return Load(Usage(cpu_s, 0.5), host, 4, stalled)
+
+    felt = Pressure.of(0.0, [load("one", 8.0, None), load("one", 4.0, 0.1), load("two", 10.0, 0.3)], 10.0, 0)
+    assert felt == Pressure(0.0, pytest.approx(0.05), pytest.approx(0.3), 0.3, 0)
+    assert [said.split(" of ")[0] for said in felt.warnings()] == ["tasks"]
+
+
+def test_meters_of_a_machine_that_nodes_share_say_nothing_of_each():
+    one = Energy(1.0, "measured: rapl")
+    energy, shared = by_machine(dict.fromkeys("abc", one), {"a": "x", "b": "y", "c": "x", "d": "x"})
+    assert (energy, shared) == ({"b": one}, (("a", "c"),))
 
 
 def test_links_are_measured_in_both_directions(ray, build):
