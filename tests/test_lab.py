@@ -357,7 +357,7 @@ def test_a_host_that_went_for_good_is_there_for_the_next_policy(tmp_path, chain)
         f"testbed: {{models: {{net: '{chain}'}},"
         " nodes: {a: {service: {mean: 20ms}}, b: {service: {mean: 5ms}}},"
         " links: [{between: [a, b], rate: 20Mbit, latency: 3ms}]}\n"
-        "workload: [{node: a, model: net, arrivals: {kind: periodic, period: 200ms}, requests: 30, timeout: 2s}]\n"
+        "workload: [{node: a, model: net, arrivals: {kind: periodic, rate: 5/s}, requests: 30, timeout: 2s}]\n"
         "policies: [remote, {remote: {label: again}}]\n"
         "faults: [{node: b, down: 3s}]\n"
     )
