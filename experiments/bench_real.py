@@ -140,6 +140,7 @@ def raw_tcp(there: int, back: int, times: int, gap_s: float) -> list[float]:
             target=_echo, args=(server.getsockname(), there, back, times), daemon=True
         )
         other.start()
+        server.settimeout(60)  # it may have died
         connection, _ = server.accept()
         with connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -6,8 +6,6 @@ Exit codes: 0 done, 1 the run failed, 2 the input is wrong. Results go to standa
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -16,16 +14,15 @@ import typer
 from rich.markup import escape
 
 import isthmus
-from isthmus.experiments import catalogue, cluster_cli, execute, lab_cli, present, tables
-from isthmus.experiments.compare import Comparison
+from isthmus.experiments import bench_cli, catalogue, cluster_cli, execute, lab_cli, present, tables
 from isthmus.experiments.execute import Experiment
 from isthmus.experiments.lab import as_here, ground_here
+from isthmus.experiments.options import Files, Into, Json, KeepProfiles, Repeat, by_name
 from isthmus.experiments.present import emit, messages
 from isthmus.experiments.run_folder import Run
 from isthmus.workloads.backend import BackendSpec
 from isthmus.workloads.errors import InputError, IsthmusError
 from isthmus.workloads.experiment import ExperimentSpec
-from isthmus.workloads.progress import Progress
 
 app = typer.Typer(
     help="Edge-cloud offloading: simulate policies on measured costs, run them for real, see how far apart they are.",
@@ -33,12 +30,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Figures that anyone can measure again.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
+app.add_typer(bench_cli.app, name="bench")
 app.add_typer(lab_cli.app, name="lab")
 app.add_typer(cluster_cli.app, name="cluster")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
 File = Annotated[Path, typer.Argument(help="An experiment file (YAML).", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="Where to write; by default a new folder in runs/.")]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Also write a trace for Perfetto or chrome://tracing.")]
@@ -83,12 +78,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         print(isthmus.__version__)  # noqa: T201
         raise typer.Exit
-
-
-@contextmanager
-def _progress(title: str, as_json: bool) -> Iterator[Progress]:
-    with present.progress(title, quiet=as_json) as move:
-        yield move
 
 
 def _load(file: Path, policies: list[str] | None, seeds: list[int] | None, requests: int | None = None) -> Experiment:
@@ -201,7 +190,7 @@ def profile(
     loaded, pace_s, sizes = load_model(model), parse_time(pace), _sizes(batches)
     runtime = BackendSpec.of(backend, where="--backend")
     path = out or profile_path(Path("profiles"), loaded.name, label, runtime)
-    with _progress(f"profiling {loaded.name}", as_json) as move:
+    with present.progress(f"profiling {loaded.name}", quiet=as_json) as move:
         made = profile_model(loaded, quick=quick, label=label, pace_s=pace_s, backend=runtime, progress=move)
         try:
             made = made.with_batches(measure_batches(loaded, sizes, pace_s=pace_s, backend=runtime, progress=move))
@@ -238,7 +227,7 @@ def calibrate(
     from isthmus.experiments.calibrating import calibrate as measure
 
     experiment = _load(file, None, None)
-    with _progress("calibrating", as_json) as move:
+    with present.progress("calibrating", quiet=as_json) as move:
         ground = ground_here(experiment)
         written = measure(
             experiment,
@@ -284,7 +273,7 @@ def simulate(
 ) -> None:
     """Simulate an experiment."""
     experiment = _load(file, policy, seed, requests)
-    with _progress("simulating", as_json) as move:
+    with present.progress("simulating", quiet=as_json) as move:
         made = execute.simulate(experiment, out, views=views, spans=spans, replace=force, progress=move)
     _show_run(made, trace, as_json)
 
@@ -305,7 +294,7 @@ def run(
     from isthmus.experiments.real_run import run as run_for_real
 
     experiment = _load(file, policy, seed, requests)
-    with _progress("running", as_json) as move:
+    with present.progress("running", quiet=as_json) as move:
         made = run_for_real(experiment, out, replace=force, cold=cold, ground=ground_here(experiment), progress=move)
     _show_run(made, trace, as_json)
 
@@ -342,15 +331,15 @@ def compare(
         from isthmus.experiments.report import write_report
 
         write_report(report, [comparison], title=comparison.real.experiment.name if comparison.real else "comparison")
-    _show_comparison(comparison, as_json, report)
+    tables.show_comparison(comparison, as_json, report)
 
 
 @app.command()
 def validate(
-    files: Annotated[list[Path], typer.Argument(help="Experiment files (YAML).", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Where to write; a folder per experiment in it.")] = Path("runs/validation"),
-    repeat: Annotated[bool, typer.Option(help="Run a second time: how far can two real runs be apart?")] = True,
-    keep_profiles: Annotated[bool, typer.Option(help="Calibrate all but the profiles anew.")] = False,
+    files: Files,
+    out: Into = Path("runs/validation"),
+    repeat: Repeat = True,
+    keep_profiles: KeepProfiles = False,
     as_json: Json = False,
 ) -> None:
     """Calibrate, simulate and run experiments, twice, and lay the runs side by side: the whole job in one."""
@@ -358,22 +347,15 @@ def validate(
     from isthmus.experiments.report import write_report
     from isthmus.experiments.validate import validate as measure
 
-    experiments = {file.stem: _load(file, None, None) for file in files}
-    with _progress("validate", as_json) as move:
+    experiments = {name: _load(file, None, None) for name, file in by_name(files).items()}
+    with present.progress("validate", quiet=as_json) as move:
         found = [
             measure(it, out / name, name=name, repeat=repeat, keep_profiles=keep_profiles, progress=move)
             for name, it in experiments.items()
         ]
     path = out / "report.html"
     write_report(path, [merge(found)], title="Isthmus: validation")
-    _show_comparison(merge(found), as_json, path)
-
-
-def _show_comparison(comparison: Comparison, as_json: bool, report: Path | None) -> None:
-    if as_json:
-        emit(comparison.to_json() | ({} if report is None else {"report": str(report)}))
-    else:
-        tables.comparison_tables(comparison, report)
+    tables.show_comparison(merge(found), as_json, path)
 
 
 @app.command()
@@ -402,97 +384,6 @@ def demo(
     """Five minutes: measure a real network here, simulate six policies, run them for real, lay the two side by side."""
     from isthmus.experiments.fidelity import run_demo
 
-    with _progress("demo", as_json) as move:
+    with present.progress("demo", quiet=as_json) as move:
         comparison, path = run_demo(out, requests=requests, progress=move)
-    _show_comparison(comparison, as_json, path)
-
-
-@bench.command("fidelity")
-def bench_fidelity(
-    out: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/fidelity"),
-    model: Annotated[list[str] | None, typer.Option(help="Only these models.")] = None,
-    as_json: Json = False,
-) -> None:
-    """How far simulation and real (emulated) runs are apart: two models, two uplinks, six policies, one repeat."""
-    from isthmus.experiments.fidelity import run_fidelity
-
-    with _progress("bench fidelity", as_json) as move:
-        comparison, path = run_fidelity(out, models=model, progress=move)
-    _show_comparison(comparison, as_json, path)
-
-
-@bench.command("profile")
-def bench_profile(
-    model: Annotated[list[str] | None, typer.Option(help="Models to profile.")] = None,
-    parts: Annotated[int, typer.Option(min=1, help="Random interior parts per model.")] = 40,
-    as_json: Json = False,
-) -> None:
-    """How well a profile predicts parts that it has not measured."""
-    from isthmus.experiments.bench_profile import bench_profile as measure
-
-    with _progress("bench profile", as_json) as move:
-        data = measure(model, parts=parts, progress=move) if model else measure(parts=parts, progress=move)
-    emit(data) if as_json else tables.bench_profile_table(data["rows"])
-
-
-@bench.command("backends")
-def bench_backends(
-    model: Annotated[list[str] | None, typer.Option(help="Models, by name or file.", show_default="all nine")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Backends.", show_default="all that work here")] = None,
-    as_json: Json = False,
-) -> None:
-    """How far the backends' answers are from ONNX Runtime's, whole and joined at cuts, and what they take."""
-    from isthmus.experiments.bench_backends import bench_backends as measure
-    from isthmus.workloads import zoo
-
-    here = [row["name"] for row in catalogue.list_backends() if row["problem"] is None]
-    specs = [BackendSpec.of(text, where="--backend") for text in backend or here]
-    with _progress("bench backends", as_json) as move:
-        rows = measure(model or zoo.names(), specs, progress=move)
-    emit(rows) if as_json else tables.bench_backends_table(rows)
-
-
-@bench.command("real")
-def bench_real(
-    requests: Annotated[int, typer.Option(min=20, help="Requests of one measurement.")] = 100,
-    as_json: Json = False,
-) -> None:
-    """What real runs add to the parts' own time and raw TCP, and how full a pipeline of three stages runs."""
-    from isthmus.experiments.bench_real import bench_real as measure
-
-    with _progress("bench real", as_json) as move:
-        data = measure(requests=requests, progress=move)
-    emit(data) if as_json else tables.bench_real_table(data)
-
-
-@bench.command("sim")
-def bench_sim(
-    requests: Annotated[int, typer.Option(min=1000, help="Requests of one measurement.")] = 100_000,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each way, in turn.")] = 5,
-    long: Annotated[int, typer.Option(min=2000, help="Requests of the run whose memory is watched.")] = 2_000_000,
-    as_json: Json = False,
-) -> None:
-    """How fast the simulator is, beside plain SimPy on the same work: requests per CPU second."""
-    from isthmus.experiments.bench_sim import bench_sim as measure
-
-    with _progress("bench sim", as_json) as move:
-        data = measure(requests=requests, repeats=repeats, long=long, progress=move)
-    emit(data) if as_json else tables.bench_sim_table(data)
-
-
-@bench.command("scale")
-def bench_scale(
-    devices: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of devices.")] = None,
-    requests: Annotated[int, typer.Option(min=1000, help="Requests per row, at least 100 per device.")] = 1_000_000,
-    as_json: Json = False,
-) -> None:
-    """What a request costs to simulate among 10 to 100 000 devices: CPU time, set-up included, and memory.
-
-    At one server and the same total load, and with a server for every fifty devices.
-    """
-    from isthmus.experiments.bench_sim import SCALE
-    from isthmus.experiments.bench_sim import bench_scale as measure
-
-    with _progress("bench scale", as_json) as move:
-        rows = measure(devices=tuple(devices or SCALE), requests=requests, progress=move)
-    emit(rows) if as_json else tables.bench_scale_table(rows)
+    tables.show_comparison(comparison, as_json, path)

@@ -8,17 +8,15 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from isthmus.experiments.options import Described, Json
 from isthmus.experiments.present import console, emit
 from isthmus.workloads.cluster import DRIVER, ClusterSpec
-from isthmus.workloads.documents import parse, read_yaml, write_text
+from isthmus.workloads.documents import write_text
 from isthmus.workloads.errors import InputError, RunFailure
-from isthmus.workloads.experiment import ExperimentSpec
-from isthmus.workloads.testbed import TestbedSpec
+from isthmus.workloads.experiment import read_testbed
 
 app = typer.Typer(help="Machines of a cluster: keys, and whether all is well.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-File = Annotated[Path, typer.Argument(help="A testbed or an experiment (YAML).", show_default=False)]
 Replace = Annotated[bool, typer.Option("--replace", help="Lose the keys that there are.")]
 
 
@@ -73,7 +71,7 @@ def token(
 
 
 @app.command()
-def check(file: File, as_json: Json = False) -> None:
+def check(file: Described, as_json: Json = False) -> None:
     """Are all machines ready for a run? Who is there, as what, and what to do about what is wrong.
 
     Without a `cluster` in the testbed: this machine alone, for an emulated run. Exit code 1 if a run would break.
@@ -82,7 +80,8 @@ def check(file: File, as_json: Json = False) -> None:
     from isthmus.real.cluster_check import check as check_hosts
     from isthmus.workloads.model import load_model
 
-    testbed, used = _testbed(file)
+    testbed, experiment = read_testbed(file)
+    used = set(testbed.models) if experiment is None else {source.model for source in experiment.workload}
     found = {name: file.parent / source for name, source in testbed.models.items() if name in used}
     models = [load_model(f if f.is_file() else testbed.models[name], name=name) for name, f in found.items()]
     checked = check_hosts(testbed, file.parent, models)
@@ -93,7 +92,7 @@ def check(file: File, as_json: Json = False) -> None:
 
 @app.command("file")
 def launcher(
-    file: File,
+    file: Described,
     out: Annotated[Path, typer.Option(help="Where to write.")] = Path("cluster.yaml"),
     wheel: Annotated[
         Path | None, typer.Option(help="Isthmus, for every machine to install (`python -m build`).")
@@ -103,7 +102,7 @@ def launcher(
     """Write the file with which Ray's launcher starts and stops the cluster: `ray up`, `ray down`."""
     from isthmus.real.launcher import launcher_file
 
-    cluster, name = cluster_of(file), _testbed(file)[0].name
+    cluster, name = cluster_of(file), read_testbed(file)[0].name
     write_text(out, launcher_file(cluster, file.parent, name=name, file=out.name, wheel=wheel))
     if as_json:
         emit({"file": str(out)})
@@ -114,21 +113,10 @@ def launcher(
 
 def cluster_of(file: Path) -> ClusterSpec:
     """The cluster that a testbed, or the testbed of an experiment, names; paths in it as `file`'s folder has them."""
-    cluster = _testbed(file)[0].cluster
+    cluster = read_testbed(file)[0].cluster
     if cluster is None:
         raise InputError("names no `cluster`", where=file, allowed="cluster: {address: 10.0.0.1:6379, hosts: {…}}")
     return cluster
-
-
-def _testbed(file: Path) -> tuple[TestbedSpec, set[str]]:
-    """The testbed in a file, or that of an experiment, and the models that are used."""
-    data = read_yaml(file)
-    if isinstance(data, dict) and not {"testbed", "workload"}.isdisjoint(data):
-        experiment = ExperimentSpec.of(data, file.parent, where=file)
-        assert isinstance(experiment.testbed, TestbedSpec)
-        return experiment.testbed, {source.model for source in experiment.workload}
-    testbed = parse(TestbedSpec, data, where=file)
-    return testbed, set(testbed.models)
 
 
 def _hosts(said: list[str]) -> dict[str, list[str]]:

@@ -133,7 +133,7 @@ def compare(
     """Lay a real run beside its simulation, and beside a second real run where there is one.
 
     `resamples` of the bootstrap; 0 leaves the intervals out. InputError when the runs are not of the same experiment,
-    or not of the worlds that they are said to be. A run that was interrupted is compared as far as it got.
+    or not of the worlds that they are said to be. A run that was interrupted, or failed, is compared as far as it got.
     """
     if simulated.world != "simulated":
         raise InputError(f"is a run in the {simulated.world} world", where=simulated.folder, allowed="simulated")
@@ -235,7 +235,7 @@ def _check_requests(simulated: Run, sim: pd.DataFrame, other: Run, table: pd.Dat
     """Whole runs hold exactly the same requests."""
     if sim.index.intersection(table.index).empty:
         raise InputError(f"has no request in common with {simulated.folder}", where=other.folder)
-    if "interrupted" in (simulated.facts.get("status"), other.facts.get("status")):
+    if not {"interrupted", "failed"}.isdisjoint((simulated.facts.get("status"), other.facts.get("status"))):
         return
     lacking = sim.index.symmetric_difference(table.index)
     if len(lacking):

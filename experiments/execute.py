@@ -158,7 +158,7 @@ def simulate(
     testbed, cells = experiment.testbed, experiment.cells()
     _ = experiment.updates  # checked; here they cost nothing and change nothing
     total = len(cells) * experiment.spec.expected_requests
-    facts = {"oracles": experiment.oracles, "warnings": uncalibrated(experiment)}
+    facts: dict[str, Any] = {"oracles": experiment.oracles, "warnings": uncalibrated(experiment)}
     with RunWriter(out, "simulated", experiment.spec, testbed, **facts) as writer:
         done = 0
         for policy, seed in cells:

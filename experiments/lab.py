@@ -12,9 +12,8 @@ from pydantic import BaseModel
 from isthmus.experiments.execute import Experiment
 from isthmus.real.lab import HEAD, VARIABLE, Lab
 from isthmus.workloads.cluster import ClusterSpec
-from isthmus.workloads.documents import parse, read_yaml
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.experiment import ExperimentSpec
+from isthmus.workloads.experiment import ExperimentSpec, read_testbed
 from isthmus.workloads.faults import places
 from isthmus.workloads.links import Link
 from isthmus.workloads.nodes import NodeSpec
@@ -31,14 +30,8 @@ def hosts_and_links(path: Path, seed: int | None = None) -> tuple[list[str], dic
     `seed` is that of rates that are drawn: by default the experiment's first one, or 1. InputError for what a lab
     cannot have.
     """
-    data = read_yaml(path)
-    spec: TestbedSpec | str | None = None
-    seeds: tuple[int, ...] = (1,)
-    if isinstance(data, dict) and not {"testbed", "workload"}.isdisjoint(data):
-        experiment = ExperimentSpec.of(data, path.parent, where=path)
-        spec, seeds = experiment.testbed, experiment.seeds
-    if not isinstance(spec, TestbedSpec):
-        spec = parse(TestbedSpec, data, where=path)
+    spec, experiment = read_testbed(path)
+    seeds = (1,) if experiment is None else experiment.seeds
     for name, node in spec.nodes.items():
         if node.mobility is not None:
             raise InputError("is simulated only: hosts of a lab do not move", where=f"{path}: nodes.{name}.mobility")

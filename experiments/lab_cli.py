@@ -22,6 +22,7 @@ import typer
 from isthmus.experiments import present
 from isthmus.experiments.execute import Experiment
 from isthmus.experiments.lab import hosts_and_links
+from isthmus.experiments.options import Described, Files, Into, Json, KeepProfiles, Repeat, by_name
 from isthmus.real.lab import HEAD, LABS, Lab, MadeBy, names
 from isthmus.real.lab_ray import environment, start_ray
 from isthmus.real.lab_up import up
@@ -30,7 +31,6 @@ from isthmus.workloads.units import show_bytes, show_rate
 
 app = typer.Typer(help="A cluster of several hosts inside this Linux machine (root).", no_args_is_help=True)
 
-File = Annotated[Path, typer.Argument(help="An experiment or a testbed (YAML).", show_default=False)]
 Cpu = Annotated[
     list[str] | None, typer.Option("--cpu", help="NODE=SHARE: processors that a host may keep busy, such as edge=0.5.")
 ]
@@ -38,8 +38,7 @@ Shaper = Annotated[
     MadeBy | None, typer.Option(help="What makes links: tc or relay.", show_default="tc where the kernel has netem")
 ]
 Name = Annotated[str | None, typer.Option("--name", help="Of the lab.", show_default="the only one")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-_GRACE_S = 10
+_GRACE_S = 60
 
 
 def _shares(said: list[str] | None) -> dict[str, float]:
@@ -68,7 +67,7 @@ def _the_lab(name: str | None) -> Lab:
 
 @app.command("up")
 def up_(
-    file: File,
+    file: Described,
     name: Annotated[str | None, typer.Option(help="Of the lab.", show_default="the file's")] = None,
     cpu: Cpu = None,
     shaper: Shaper = None,
@@ -89,10 +88,10 @@ def up_(
 
 @app.command("run")
 def run(
-    files: Annotated[list[Path], typer.Argument(help="Experiments (YAML).", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Where to write; a folder per experiment in it.")] = Path("runs/lab"),
-    repeat: Annotated[bool, typer.Option(help="Run a second time: how far can two real runs be apart?")] = True,
-    keep_profiles: Annotated[bool, typer.Option(help="Calibrate all but the profiles anew.")] = False,
+    files: Files,
+    out: Into = Path("runs/lab"),
+    repeat: Repeat = True,
+    keep_profiles: KeepProfiles = False,
     cpu: Cpu = None,
     shaper: Shaper = None,
     as_json: Json = False,
@@ -103,28 +102,25 @@ def run(
     """
     from isthmus.experiments.compare import merge
     from isthmus.experiments.report import write_report
-    from isthmus.experiments.tables import comparison_tables
+    from isthmus.experiments.tables import show_comparison
     from isthmus.experiments.validate import compared
 
     profiled: set[tuple[Path, str]] = set()
-    for file in files:
+    for name, file in by_name(files).items():
         experiment = Experiment.load(file)
         models = {(experiment.store, source.model) for source in experiment.spec.workload}
         more = ["--repeat" if repeat else "--no-repeat", f"--out={out}"]
         more += ["--keep-profiles"] if keep_profiles or models <= profiled else []
         profiled |= models
-        with _taken_down(partial(_up, f"{file.stem}-{os.getpid()}", file, cpu, shaper)) as lab:
+        with _taken_down(partial(_up, f"{name}-{os.getpid()}", file, cpu, shaper)) as lab:
             start_ray(lab)
             # Its own table is of one experiment; the one of all comes in the end.
             if code := _call(lab, HEAD, [*_ISTHMUS, "validate", str(file), *more], quiet=True):
                 raise typer.Exit(code)
-    merged = merge([compared(out / file.stem, repeat=repeat) for file in files])
+    merged = merge([compared(out / name, repeat=repeat) for name in by_name(files)])
     report = out / "report.html"
     write_report(report, [merged], title="Isthmus: lab")
-    if as_json:
-        present.emit(merged.to_json() | {"report": str(report)})
-    else:
-        comparison_tables(merged, report)
+    show_comparison(merged, as_json, report)
 
 
 _ISTHMUS = (sys.executable, "-c", "from isthmus.experiments.cli import main; main()")

@@ -33,7 +33,8 @@ from isthmus.workloads.service import Measured
 from isthmus.workloads.testbed import Testbed
 
 if TYPE_CHECKING:
-    from isthmus.real.drive import Ground
+    from isthmus.real.drive import Driven, Ground
+    from isthmus.real.fleet import Fleet
 
 _STALE_DAYS = 30
 
@@ -53,20 +54,16 @@ def run(
     and what that costs is on the record; with `cold` that is so for every part. `ground` is the lab that the hosts are
     in, if they are in one. Needs the `real` extra.
     """
-    from isthmus.real.cluster import connect
+    from isthmus.real.cluster import ActorGone, connect
     from isthmus.real.drive import run_cell
     from isthmus.real.fleet import Fleet
-    from isthmus.real.power import MODELLED
 
     testbed, cells = experiment.testbed, experiment.cells()
     world = world_of(testbed) if ground is None else "lab"
     out = free_folder(out, replace) or new_folder(experiment, world)
     total = len(cells) * sum(map(len, experiment.spec.draw(experiment.spec.seeds[0]).values()))
     warnings, updates = check_real(experiment), experiment.updates
-    pressure: dict[str, Any] = {}
     became: list[dict[str, Any]] = []
-    energy: dict[str, Any] = {}
-    clocks: dict[str, Any] = {}
     with ExitStack() as stack:
         ray = stack.enter_context(connect(experiment.testbed_spec.cluster, experiment.folder))
         fleet = stack.enter_context(Fleet(ray, testbed))
@@ -76,20 +73,20 @@ def run(
         facts: dict[str, Any] = {
             "oracles": experiment.oracles,
             "machines": {n: it.model_dump() for n, it in machines.items()},
-            "pressure": pressure,
-            "energy": energy,
-            "clocks": clocks,
+            "pressure": {},
+            "energy": {},
+            "clocks": {},
             "warnings": warnings,
         }
         facts |= {"updates": became} if updates else {}
-        writer = stack.enter_context(RunWriter(out, world, experiment.spec, testbed, **facts))
+        writer = stack.enter_context(RunWriter(out, world, experiment.spec, testbed, keep=ActorGone, **facts))
         for number, (policy, seed) in enumerate(cells):
             tick = _ticking(partial(told, progress, number * total // len(cells), total), policy.label)
             tick(0, "")
             plans = set() if cold else planned(experiment, policy, seed)
             fleet.prepare(plans, {n: s.model for n, s in experiment.spec.sources.items()}, seed)
             with _counted(writer.sink(policy.label, seed).keep, warnings, policy.label) as keep:
-                driven = run_cell(
+                run_cell(
                     fleet,
                     experiment.spec.draw(seed),
                     experiment.make(policy, seed),
@@ -102,21 +99,29 @@ def run(
                     ground=ground,
                     decided=partial(writer.decision, policy=policy.label, seed=seed),
                     updated=_keeping(became, policy=policy.label, seed=seed),
+                    ended=_noting(facts, fleet, policy.label, seed),
                     tick=tick,
                 )
-            cell = f"{policy.label}/{seed}"
-            pressure[cell] = vars(driven.pressure)
-            energy[cell] = {
-                node: vars(driven.energy[node]) if node in driven.energy else {"joules": None, "source": MODELLED}
-                for node in testbed.nodes
-            }
-            clocks[cell] = {
-                node: {**asdict(offset), "drift_s": driven.drifts_s.get(node)} for node, offset in fleet.offsets.items()
-            }
-            warnings += [f"{policy.label}: {said}" for said in driven.warnings()]
         if progress is not None:
             progress(total, total, "done")
     return Run.load(out)
+
+
+def _noting(facts: dict[str, Any], fleet: Fleet, policy: str, seed: int) -> Callable[[Driven], None]:
+    """What is known of a cell besides its records, into the facts of a run."""
+    cell = f"{policy}/{seed}"
+
+    def note(driven: Driven) -> None:
+        energy, drifts_s = driven.energy, driven.drifts_s
+        facts["pressure"][cell] = asdict(driven.pressure)
+        facts["energy"][cell] = {
+            node: asdict(energy[node]) if node in energy else {"joules": None, "source": "modelled"}
+            for node in fleet.testbed.nodes
+        }
+        facts["clocks"][cell] = {n: asdict(of) | {"drift_s": drifts_s.get(n)} for n, of in fleet.offsets.items()}
+        facts["warnings"] += [f"{policy}: {said}" for said in driven.warnings()]
+
+    return note
 
 
 def world_of(testbed: Testbed) -> str:

@@ -176,11 +176,22 @@ class Sink:
 class RunWriter:
     """Writes a run folder while the run goes on. Use as a context; an error inside leaves no tables behind.
 
-    KeyboardInterrupt keeps what there is: the run is then marked `interrupted`. RunFailure when nothing can be written.
+    KeyboardInterrupt keeps what there is: the run is then marked `interrupted`. So do errors of the kind `keep`, which
+    mark it `failed`. RunFailure when nothing can be written.
     """
 
-    def __init__(self, folder: Path, world: str, spec: ExperimentSpec, testbed: Testbed, **facts: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: str,
+        spec: ExperimentSpec,
+        testbed: Testbed,
+        *,
+        keep: type[BaseException] = KeyboardInterrupt,
+        **facts: Any,
+    ) -> None:
         self.folder = folder
+        self._keep = (KeyboardInterrupt, keep)
         self._facts = {**_facts(world, spec, testbed), **facts}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +250,7 @@ class RunWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        whole = kind is None or issubclass(kind, KeyboardInterrupt)
+        whole = kind is None or issubclass(kind, self._keep)
         try:
             self._decisions.close()
             partial = Path(self._decisions.name)
@@ -254,7 +265,8 @@ class RunWriter:
             for totals in self._totals.values():
                 totals.close(whole=whole)
             if whole:
-                self._facts["status"] = "complete" if kind is None else "interrupted"
+                stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                self._facts["status"] = "complete" if kind is None else stopped
                 text = json.dumps(self._facts, indent=1, default=str) + "\n"
                 partial = self.folder / "run.json.partial"
                 partial.write_text(text, encoding="utf-8")

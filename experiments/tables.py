@@ -10,7 +10,7 @@ import pandas as pd
 from rich.markup import escape
 
 from isthmus.experiments.compare import Comparison
-from isthmus.experiments.present import console, milliseconds, percent, table, warn
+from isthmus.experiments.present import console, emit, milliseconds, percent, table, warn
 from isthmus.experiments.run_folder import Run
 from isthmus.experiments.traces import Trace, sparkline
 from isthmus.policies.records import Outcome
@@ -254,6 +254,14 @@ def _updates_tables(run: Run, updates: Rows) -> None:
 _BILLS = {"energy_j": "energy\nJ each>", "money_usd": "money\nUSD each>"}
 _REASONS = 4
 """Reasons that are listed per policy."""
+
+
+def show_comparison(comparison: Comparison, as_json: bool, report: Path | None) -> None:
+    """As tables, or as JSON."""
+    if as_json:
+        emit(comparison.to_json() | ({} if report is None else {"report": str(report)}))
+    else:
+        comparison_tables(comparison, report)
 
 
 def comparison_tables(comparison: Comparison, report: Path | None) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from isthmus.workloads.documents import parse, read_yaml, write_text
+from isthmus.workloads.documents import parse, write_text
 from isthmus.workloads.errors import InputError
-from isthmus.workloads.experiment import ExperimentSpec
+from isthmus.workloads.experiment import read_testbed
 from isthmus.workloads.links import named_media
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.rates import Drawn, RateSpec
@@ -54,13 +54,8 @@ def find_traces(path: str | Path, *, seed: int | None = None, **columns: str | N
         return [Trace(path.name, format_of(path), rate)]
     if given:
         raise InputError("names the columns of its traces itself", where=path, allowed=f"no --{next(iter(given))}")
-    data = read_yaml(path)
-    if isinstance(data, dict) and not {"testbed", "workload"}.isdisjoint(data):
-        experiment = ExperimentSpec.of(data, path.parent, where=path)
-        testbed, seeds = experiment.testbed, experiment.seeds
-        assert isinstance(testbed, TestbedSpec)
-    else:
-        testbed, seeds = parse(TestbedSpec, data, where=path), (1,)
+    testbed, experiment = read_testbed(path)
+    seeds = (1,) if experiment is None else experiment.seeds
     return _of_links(testbed, path, seeds[0] if seed is None else seed)
 
 

@@ -163,6 +163,8 @@ class Compiled:
     """Every node that computes or forwards."""
     text: str
     """The plan as records have it."""
+    down: frozenset[LinkId]
+    """Links that its routes avoid, as far as there is another way."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -238,7 +240,7 @@ def lay_out(checked: Checked, source: str, testbed: Testbed) -> Compiled:
     sends = tuple([tuple([m for m in messages if m.source == end]) for end in (*range(len(plan.stages)), -1)])
     nodes = frozenset(places[:-1]).union(*[m.path for m in messages])
     text, needs = checked.text, checked.needs
-    return Compiled(plan, checked.model, source, tuple(messages), sends, needs, tuple(loads), nodes, text)
+    return Compiled(plan, checked.model, source, tuple(messages), sends, needs, tuple(loads), nodes, text, testbed.down)
 
 
 def _check_parts(plan: Plan, model: Model, testbed: Testbed) -> None:

@@ -43,8 +43,9 @@ from isthmus.workloads.testbed import Testbed
 
 _SIZES_BYTES = (40_000, 200_000, 800_000)
 _PILOT_CUTS = 6
-_PILOT_S = 40.0
-_PILOT_LEAST, _PILOT_MOST = 60, 400
+_PILOT_S = 60.0
+_PILOT_LEAST, _PILOT_MOST = 100, 400
+_PILOT_ROUNDS = 2
 _GAP_S = 0.05
 
 
@@ -301,7 +302,7 @@ def run_pilot(ray: Any, testbed: Testbed, source: Source, *, seed: int, progress
     most = source.model_copy(update={"requests": _PILOT_MOST, "duration": None, "timeout": None}).draw(seed)
     requests = [r for r in most if r.number < _PILOT_LEAST or r.arrival_s < _PILOT_S]
     count = len(requests)
-    policy = Stretches(plans, ceil(count / len(plans)))
+    policy = Stretches(plans, ceil(count / len(plans) / _PILOT_ROUNDS))
     records: list[Record] = []
     with Fleet(ray, testbed) as fleet:
         fleet.prepare(plans, {source.node: model.name}, seed)

@@ -1,11 +1,8 @@
 """One node of a testbed during one cell: what it computes, and what it passes on. Emulated or physical.
 
-Knows messages, links and time. Its node's sessions and peers it has from its server; when parts begin and end is in
-`slots.py`, requests and their dispatcher are in `source.py`. It knows neither Ray nor ONNX Runtime.
-
-Over an emulated link a message goes at once, with the time at which the link would deliver it; the receiver holds it
-until then, and if it is late, that is an overrun. Over a physical link it goes when it is due, and arrives when it
-arrives: the receiver works out how long it waited for those before it.
+Knows messages and time. Its node's sessions and peers it has from its server; how links are crossed is in
+`crossing.py`, when parts begin and end in `slots.py`, requests and their dispatcher are in `source.py`. It knows no Ray
+and no ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -20,32 +17,29 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from isthmus.policies.contract import Policy
 from isthmus.policies.dispatch import Answer, Compiler, Start
 from isthmus.policies.plan import Compiled, Message
 from isthmus.policies.records import Kind, Span
 from isthmus.real.backend import Array
+from isthmus.real.crossing import Crossings
 from isthmus.real.intake import check, check_span
-from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version, place_of, refusal_from, took
+from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version, Work, refusal_from, took
 from isthmus.real.pressure import Usage, usage
 from isthmus.real.residents import Residents
 from isthmus.real.slots import CannotRun, EmulatedSlots, HostSlots, Job, Shaped, Slots, Together
 from isthmus.real.source import SourceCell
 from isthmus.real.timeline import Clock, Timeline
 from isthmus.real.together import run_together
-from isthmus.workloads.affliction import Losses, afflicted
+from isthmus.workloads.affliction import afflicted
 from isthmus.workloads.codecs import codec
 from isthmus.workloads.errors import InputError, IsthmusError, RunFailure
-from isthmus.workloads.faults import LinkFault, LostMessages
 from isthmus.workloads.memory import Memory
 from isthmus.workloads.model import Part
 from isthmus.workloads.nodes import Node
 from isthmus.workloads.random import Uniforms
 from isthmus.workloads.requests import Request
-from isthmus.workloads.routing import LinkId
 from isthmus.workloads.service import Synthetic
 from isthmus.workloads.testbed import Testbed
-from isthmus.workloads.transmitter import Transmitter
 
 TOLERANCE = 1e-5
 """Largest relative difference from the whole model's answer that counts as the same; more where a backend says so."""
@@ -98,14 +92,6 @@ class NodeCell:
         self._world = afflicted(self.testbed, cell.faults)
         self._node = self._world.nodes[self.name]
         self._compile = Compiler(self.testbed)
-        self._transmitters = {
-            i: Transmitter(link)
-            for i, link in self._world.links.items()
-            if i[0] == self.name and not self.testbed.is_physical(i)
-        }
-        self._outages = [f for f in cell.faults if isinstance(f, LinkFault)] if not cell.cuts_links else []
-        self._losses = Losses(cell.faults, cell.seed) if any(isinstance(f, LostMessages) for f in cell.faults) else None
-        self._arrived_s: dict[LinkId, float] = {}  # over physical links: when the last message came
         self._gathering: dict[tuple[str, int, int, str, int], _Gathering] = {}
         self._lock = threading.Lock()
         self._noise: dict[str, Uniforms] = {}
@@ -113,6 +99,9 @@ class NodeCell:
         self._spoilt: dict[Version, str] = {}
         self._slots = self._make_slots()
         self._send = Timeline(self.clock, "send", self.failed)
+        self._crossings = Crossings(
+            self.name, self._world, cell, self.clock, self._pass_on, self._tell_sent, self._send
+        )
         self._source: SourceCell | None = None
         self._before = usage()
 
@@ -130,13 +119,15 @@ class NodeCell:
         self._send.close()
         return used
 
-    def start(self, requests: Sequence[Request], policy: Policy, end_s: float, versions: Mapping[str, str]) -> None:
+    def start(self, work: Work) -> None:
         """Requests arise here."""
         self._source = SourceCell(
-            self.name, self.testbed, self.cell, self.clock, self._compile, policy, versions,
+            self.name, self.testbed, self.cell, self.clock, self._compile, work.policy, work.versions,
             self._pace, self._begin, self.failed,
         )  # fmt: skip
-        self._source.start(requests, end_s)
+        for node in work.away:
+            self._source.node_is(node, up=False)
+        self._source.start(work.requests, work.end_s)
 
     def use(self, model: str, version: str) -> None:
         if self._source is not None:
@@ -182,8 +173,9 @@ class NodeCell:
         """Carry out a plan that was decided on from one time to the other."""
         spans = took(Kind.DECIDE, self.name, since_s, begin_s, action.attempt)
         letter = Letter(
-            self.cell.id, action.compiled.plan, action.request, action.attempt, version, -1, 0, begin_s, spans, 0
-        )
+            self.cell.id, action.compiled.plan, action.request, action.attempt, version, -1, 0, begin_s, spans, 0,
+            down=action.compiled.down,
+        )  # fmt: skip
         payload, _ = self.server.payload(action.request, version)
         self._send_all(action.compiled, -1, letter, payload, begin_s)
 
@@ -209,48 +201,10 @@ class NodeCell:
         if letter.plan.codecs:
             entry_s = self._pace(letter.at_s, time.thread_time() - began)
         spans = took(Kind.ENCODE, self.name, letter.at_s, entry_s, letter.attempt, message.source)
-        self._enter(message, replace(letter, at_s=entry_s, spans=letter.spans + spans), arrays)
+        self._crossings.enter(message, replace(letter, at_s=entry_s, spans=letter.spans + spans), arrays)
 
-    def _enter(self, message: Message, letter: Letter, arrays: Sequence[Array]) -> None:
-        """The next link, at `letter.at_s`: emulated links in order of time, physical ones as soon as it is time."""
-        hop = partial(self._hop, message, letter, arrays)
-        if message.links[letter.hop] not in self._transmitters and letter.at_s <= self.clock.now_s:
-            hop()
-        else:
-            self._send.at(letter.at_s, hop)
-
-    def _hop(self, message: Message, letter: Letter, arrays: Sequence[Array]) -> None:
-        """Over the next link, entered at `letter.at_s`."""
-        link = message.links[letter.hop]
-        load, entry_s, place = message.load + letter.hop, letter.at_s, place_of(link)
-        lost = self._losses is not None and self._losses.takes(
-            place, letter.request, letter.attempt, message.load, entry_s
-        )
-        transmitter = self._transmitters.get(link)
-        if transmitter is None:
-            self._hand_over(message, letter, arrays, lost=lost)
-            return
-        start_s, left_s, arrived_s = transmitter.send(entry_s, message.wire_bytes)
-        spans = took(Kind.WAIT, place, entry_s, start_s, letter.attempt, message.source)
-        spans += took(Kind.SEND, place, start_s, arrived_s, letter.attempt, message.source, message.wire_bytes)
-        if not lost:
-            onward = replace(letter, hop=letter.hop + 1, at_s=arrived_s, spans=letter.spans + spans)
-            self.server.send(link[1], onward, arrays)
-        self._tell_sent(letter, load, left_s)
-
-    def _hand_over(self, message: Message, letter: Letter, arrays: Sequence[Array], *, lost: bool) -> None:
-        """To a physical link. One that a fault holds up is given nothing until then."""
-        link = message.links[letter.hop]
-        now_s = self.clock.now_s
-        ends_s = max((f.end_s for f in self._outages if {*f.link} == {*link} and f.down <= now_s < f.end_s), default=0)
-        if ends_s > now_s:
-            if ends_s < float("inf"):
-                self._send.at(ends_s, partial(self._hop, message, letter, arrays))
-            return
-        waited = took(Kind.WAIT, place_of(link), letter.at_s, now_s, letter.attempt, message.source)
-        if not lost:
-            onward = replace(letter, hop=letter.hop + 1, at_s=now_s, spans=letter.spans + waited)
-            self.server.send(link[1], onward, arrays)
+    def _pass_on(self, node: str, letter: Letter, arrays: Sequence[Array]) -> None:
+        self.server.send(node, letter, arrays)
 
     def _is_source(self, letter: Letter) -> bool:
         return self._source is not None and letter.request.source == self.name
@@ -265,9 +219,9 @@ class NodeCell:
             compiled, message = check(letter, arrays, self.name, self.testbed, self._compile)
             if letter.request.source == self.name and not (self._source and self._source.asked(letter.request)):
                 return  # of a time before this actor was started
-            letter = self._stamped(letter, message)
+            letter = self._crossings.came(message, letter)
             if letter.hop < len(message.links):
-                self._enter(message, letter, arrays)
+                self._crossings.enter(message, letter, arrays)
                 self._acknowledge(letter, message)
                 return
             began = time.thread_time()
@@ -299,21 +253,6 @@ class NodeCell:
         with self._lock:
             self._spoilt[letter.request.model, letter.version] = said
         self.server.note(letter.request.source, "lost", letter, said)
-
-    def _stamped(self, letter: Letter, message: Message) -> Letter:
-        """A message with the time at which it was delivered, and what took time on its link."""
-        now_s, link = self.clock.now_s, message.links[letter.hop - 1]
-        if not self.testbed.is_physical(link):  # normally ahead of its time; if not, it is as late as it is
-            late = now_s > letter.at_s
-            return replace(letter, at_s=now_s, overruns=letter.overruns + 1) if late else letter
-        with self._lock:
-            before_s, self._arrived_s[link] = self._arrived_s.get(link, 0.0), now_s
-        # The link is free for its first byte when the last byte of the one before has left.
-        start_s = min(max(letter.at_s, before_s - self.testbed.links[link].latency_s), now_s)
-        place, attempt, stage = place_of(link), letter.attempt, message.source
-        spans = took(Kind.WAIT, place, letter.at_s, start_s, attempt, stage)
-        spans += took(Kind.SEND, place, start_s, now_s, attempt, stage, message.wire_bytes)
-        return replace(letter, at_s=now_s, spans=letter.spans + spans)
 
     def _arrived(self, compiled: Compiled, message: Message, letter: Letter, tensors: Tensors) -> None:
         """Tensors for a stage here, ready at `letter.at_s`; when all that it waits for is known, it can run."""

@@ -244,3 +244,5 @@ def results(ray: Any, references: list[Any], timeout_s: float = 600) -> list[Any
         raise ActorGone(f"an actor is gone: {error}") from error
     except ray.exceptions.GetTimeoutError:
         raise RunFailure(f"an actor has not answered for {timeout_s:g} s") from None
+    except ray.exceptions.RayError as error:  # such as an answer that went with the machine that had it
+        raise ActorGone(f"the answer of an actor is gone: {error}") from error

@@ -5,25 +5,26 @@ The driver. It decides nothing about requests: dispatchers live with their sourc
 
 from __future__ import annotations
 
-import signal
-import threading
+import math
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
-
-import numpy as np
 
 from isthmus.policies.contract import Policy
 from isthmus.policies.records import Outcome, Record
 from isthmus.real.cluster import ActorGone
 from isthmus.real.fleet import Fleet
-from isthmus.real.letters import Cell, Collected, Version
-from isthmus.real.power import Energy
+from isthmus.real.interrupts import Interrupts
+from isthmus.real.letters import Cell, Collected, Version, Work
+from isthmus.real.live import Live
+from isthmus.real.power import Energy, by_machine
 from isthmus.real.pressure import Pressure
 from isthmus.real.rollout import Rollouts
 from isthmus.workloads.affliction import check_place
+from isthmus.workloads.errors import IsthmusError
 from isthmus.workloads.faults import Fault, NodeFault, merged
 from isthmus.workloads.requests import Request
 from isthmus.workloads.updates import Update
@@ -34,13 +35,11 @@ _COLLECT_S = 0.5
 _HEARD_S = 0.05
 """What actors have to say is waited for so long, and heard the next time otherwise;"""
 _LAST_S = 5.0
-"""so long in the end."""
+"""so long where there is no next time."""
 _DRIFT_S = 1e-3
 """What clocks may go apart in a cell."""
 _OVERTIME_S = 60.0
-"""After the end of a cell, for sources that do not say that they are done: then nobody speaks for their requests."""
-_LATEST = 500
-"""Answers that live figures are of."""
+"""After the end of a cell, for sources that do not say that they are done: then their requests have failed."""
 
 Tick = Callable[[int, str], None]
 """Told now and then how many requests are closed, and how they fare."""
@@ -52,7 +51,7 @@ class Driven(NamedTuple):
     pressure: Pressure
     energy: Mapping[str, Energy]
     """Of physical nodes whose hosts measure it, from time 0 to the end."""
-    sharing: tuple[tuple[str, ...], ...]
+    sharing: Sequence[Sequence[str]]
     """Nodes that share a machine whose meters measure it: nobody knows what each of them took."""
     drifts_s: Mapping[str, float]
     """How far the clocks of nodes' hosts went from the driver's meanwhile."""
@@ -95,13 +94,15 @@ def run_cell(
     ground: Ground | None = None,
     decided: Callable[[Mapping[str, Any]], None] | None = None,
     updated: Callable[[Mapping[str, Any]], None] | None = None,
+    ended: Callable[[Driven], None] | None = None,
     tick: Tick | None = None,
-) -> Driven:
+) -> None:
     """Run one policy's requests in real time; `sink` gets each record soon after it was closed.
 
     Every request gets exactly one record, also those whose source dies: they have failed. A node whose actor dies
-    without being told to is started anew. `updated` is told at the end what became of each update. Raises PolicyFailure
-    when a policy raises or plans the impossible, RunFailure when an actor breaks.
+    without being told to is started anew. In the end, also after Ctrl-C, `updated` is told what became of each update,
+    and `ended` what else is known. Raises PolicyFailure when a policy raises or plans the impossible, RunFailure when
+    an actor breaks.
     """
     for fault in faults:
         check_place(fault, fleet.testbed)
@@ -113,17 +114,17 @@ def run_cell(
     while True:
         epoch = time.monotonic() + lead_s
         cell = Cell(fleet.next_cell(), epoch, seed, name, tuple(merged(faults)), cuts_links=ground is not None)
-        fleet.ask("open", {node: (at_host(cell, fleet, node),) for node in fleet.alive})
-        fleet.ask("start", {node: (of, policies[node], end_s, rollouts.versions) for node, of in requests.items()})
+        work = {node: Work(of, policies[node], end_s, rollouts.versions) for node, of in requests.items()}
+        fleet.ask_all("open", {node: (at_host(cell, fleet, node), work.get(node)) for node in fleet.alive})
         late_s = time.monotonic() - epoch
         if late_s <= 0:
             break
         lead_s = _LEAD_S + 2 * late_s  # opening took long on a busy host: begin anew, with nothing lost
     if ground is not None:
         ground.begin(epoch, seed, faults)
-    driving = _Driving(fleet, cell, requests, policies, sink, rollouts, end_s, ground, decided, tick)
+    driving = _Driving(fleet, cell, requests, policies, sink, rollouts, end_s, ground, decided, ended, tick)
     try:
-        return driving.drive()
+        driving.drive()
     finally:
         if updated is not None:
             for row in rollouts.rows:
@@ -137,7 +138,7 @@ def at_host(cell: Cell, fleet: Fleet, node: str) -> Cell:
 
 @dataclass
 class _Driving:
-    """One cell under way, seen from the driver. Actors are never waited for that do not answer."""
+    """One cell under way, seen from the driver. It does not wait for actors that do not answer soon."""
 
     fleet: Fleet
     cell: Cell
@@ -148,6 +149,7 @@ class _Driving:
     end_s: float
     ground: Ground | None
     decided: Callable[[Mapping[str, Any]], None] | None
+    ended: Callable[[Driven], None] | None
     tick: Tick | None
 
     def __post_init__(self) -> None:
@@ -155,49 +157,56 @@ class _Driving:
         self.running = set(self.requests)
         self.under_way: dict[str, frozenset[Version]] = {}
         self.collecting: dict[str, Any] = {}
+        self.heard: set[str] = set()  # by a question that was asked after the last step of a roll-out
+        self.asked_before: set[str] = set()
         self.overruns = 0
         self.refusals: Counter[str] = Counter()
-        self.live = _Live()
+        self.live = Live()
         nodes = [fault for fault in self.cell.faults if isinstance(fault, NodeFault)]
         self.falls = sorted(((f.down, f.node, f.up) for f in nodes), key=lambda fall: fall[:2])
         self.reviving: dict[str, float] = {}  # not to come before when
         self.for_good: list[str] = []  # whose machines went, and do not come back in this cell
 
-    def drive(self) -> Driven:
-        with _Interrupts() as interrupts:
+    def drive(self) -> None:
+        with Interrupts() as interrupts:
             try:
                 while self._goes_on() and not interrupts.came:
                     self._let_fall()
                     self._mourn(self.fleet.died())
                     self._welcome()
                     self._collect(_HEARD_S)
-                    self.rollouts.step(self._now_s, {n: self.under_way.get(n, frozenset()) for n in self.running})
+                    self._roll_out()
                     if self.tick is not None:
                         self.tick(sum(map(len, self.closed.values())), self.live.text())
                     time.sleep(self._pause_s() if self._goes_on() else 0.0)
                 if interrupts.came:
-                    self._collect(_LAST_S)
-                    self._collect(_LAST_S)  # the first one may have been asked before the signal
+                    self._hear_out(self.fleet.alive)
                     self._give_up(Outcome.UNFINISHED, "interrupted")
                     raise KeyboardInterrupt
-                self._give_up(Outcome.FAILED, "source down")
-            finally:
-                driven = self._end()
-        return driven
+                for source in self.requests:
+                    what = "does not answer" if source in self.running else "down"
+                    self._give_up(Outcome.FAILED, f"source {source} {what}", [source])
+            except BaseException as error:
+                if isinstance(error, ActorGone):
+                    self._give_up(Outcome.UNFINISHED, "the run failed")
+                with suppress(IsthmusError):  # it is not what this run ends by
+                    self._end()
+                raise
+            self._end()
 
-    def _end(self) -> Driven:
+    def _end(self) -> None:
         lasted_s = max(self._now_s, 1e-9)
-        closed = self.fleet.ask("close", dict.fromkeys(self.fleet.alive, ()))
-        drifts_s = self.fleet.drifts_s(closed)
+        closed = self.fleet.ask_all("close", dict.fromkeys(self.fleet.alive, ()))
+        if self.ended is not None:
+            loads = {node: it[0] for node, it in closed.items() if it is not None}
+            energy = {node: it[1] for node, it in closed.items() if it is not None and it[1] is not None}
+            overruns = self.overruns / max(sum(map(len, self.requests.values())), 1)
+            felt = Pressure.of(overruns, list(loads.values()), lasted_s, self.refusals.total())
+            alone, sharing = by_machine(energy, {node: load.host for node, load in loads.items()})
+            self.ended(Driven(felt, alone, sharing, self.fleet.drifts_s(closed)))
         if self.ground is not None:
             for node in self.for_good:
                 self.ground.restart(node)
-        loads = {node: it[0] for node, it in closed.items() if it is not None}
-        energy = {node: it[1] for node, it in closed.items() if it is not None and it[1] is not None}
-        overruns = self.overruns / max(sum(map(len, self.requests.values())), 1)
-        felt = Pressure.of(overruns, list(loads.values()), lasted_s, self.refusals.total())
-        alone, shared = by_machine(energy, {node: load.host for node, load in loads.items()})
-        return Driven(felt, alone, shared, drifts_s)
 
     @property
     def _now_s(self) -> float:
@@ -212,7 +221,8 @@ class _Driving:
 
     def _awaits_a_source(self) -> bool:
         """Whether a source that is away will be back with requests to make."""
-        return self._now_s < self.end_s and any(self._open(node) for node in self.reviving if node in self.requests)
+        coming = [node for node, at_s in self.reviving.items() if at_s < self.end_s and node in self.requests]
+        return self._now_s < self.end_s and any(map(self._open, coming))
 
     def _pause_s(self) -> float:
         due = [fall[0] for fall in self.falls[:1]] + [at_s for at_s in self.reviving.values() if at_s > self._now_s]
@@ -225,9 +235,12 @@ class _Driving:
     def _let_fall(self) -> None:
         while self.falls and self.falls[0][0] <= self._now_s:
             _, node, up = self.falls.pop(0)
+            back_s = math.inf if up is None else up
+            if node in self.reviving:  # it is not back from the last time
+                self.reviving[node] = max(self.reviving[node], back_s)
             if node not in self.fleet.alive:
                 continue
-            self._collect(_HEARD_S)  # what it had closed before it goes
+            self._hear_out([node])  # what it had closed before it goes
             if self.ground is not None:
                 self.ground.kill(node)
             self.fleet.kill(node)
@@ -254,25 +267,23 @@ class _Driving:
             if not self.fleet.is_ready(node) or self._now_s < at_s or not self.fleet.welcome(node):
                 continue
             del self.reviving[node]
-            if node not in self.fleet.ask("open", {node: (at_host(self.cell, self.fleet, node),)}):
+            cell, work = at_host(self.cell, self.fleet, node), self._rest(node)
+            if node not in self.fleet.ask_all("open", {node: (cell, work)}):
                 continue  # it has gone again
             self._tell(node, up=True)
-            if node in self.requests:
-                self._start(node)
+            if work is not None:
+                self.running.add(node)
+                self.heard.discard(node)
 
-    def _start(self, source: str) -> None:
-        """Let the rest of a source's requests arise; those whose time it was away have failed."""
-        now_s = self._now_s
-        for request in self._open(source):
-            if request.arrival_s < now_s:
-                self._keep(_lost(request, Outcome.FAILED, f"source {source} down"))
-        rest = self._open(source), self.policies[source], self.end_s, self.rollouts.versions
-        self.fleet.ask("start", {source: rest})
-        self.running.add(source)
-        self.under_way.pop(source, None)
-        self.fleet.ask(
-            "nodes_are_down", {source: ([n for n in self.fleet.testbed.nodes if n not in self.fleet.alive],)}
-        )
+    def _rest(self, node: str) -> Work | None:
+        """What still arises at a node that was away. What arose meanwhile has failed."""
+        if node not in self.requests:
+            return None
+        for request in self._open(node):
+            if request.arrival_s < self._now_s:
+                self._keep(_lost(request, Outcome.FAILED, f"source {node} down"))
+        away = [other for other in self.fleet.testbed.nodes if other not in self.fleet.alive]
+        return Work(self._open(node), self.policies[node], self.end_s, self.rollouts.versions, away)
 
     def _tell(self, node: str, *, up: bool) -> None:
         if not up:
@@ -282,15 +293,29 @@ class _Driving:
 
     # Records
 
-    def _collect(self, wait_s: float) -> None:
+    def _collect(self, wait_s: float, nodes: Sequence[str] | None = None) -> None:
         """What actors have to say, as far as they answer until then; the others are heard later."""
-        alive = self.fleet.alive
-        asked = {node: self.collecting.get(node) or self.fleet.begin(node, "collect") for node in alive}
-        answers = self.fleet.answered(asked, wait_s)
-        self.collecting = {node: begun for node, begun in asked.items() if node not in answers}
-        for node, collected in answers.items():
-            if not isinstance(collected, ActorGone):  # otherwise `died` says so
+        for node in self.fleet.alive if nodes is None else nodes:
+            if node not in self.collecting:
+                self.collecting[node] = self.fleet.begin(node, "collect", self.cell.id)
+        # Answers of actors that have gone meanwhile count as well.
+        asked = {node: begun for node, begun in self.collecting.items() if nodes is None or node in nodes}
+        for node, collected in self.fleet.answered(asked, wait_s).items():
+            del self.collecting[node]
+            if isinstance(collected, Collected):  # otherwise it is gone, and `died` says so
                 self._hear(node, collected)
+
+    def _hear_out(self, nodes: Sequence[str]) -> None:
+        """All that these have closed until now: what was asked before may have been answered before."""
+        for _ in range(2):
+            self._collect(_LAST_S, nodes)
+
+    def _roll_out(self) -> None:
+        """A step, when what is under way at every source is known from after the one before."""
+        if self.running <= self.heard:
+            self.rollouts.step(self._now_s, {node: self.under_way[node] for node in self.running})
+            self.heard.clear()
+            self.asked_before = set(self.collecting)
 
     def _hear(self, node: str, collected: Collected) -> None:
         for record in collected.records:
@@ -300,15 +325,18 @@ class _Driving:
                 self.decided(decision)
         self.refusals.update(collected.refusals)
         self.under_way[node] = collected.versions
+        if node not in self.asked_before:
+            self.heard.add(node)
+        self.asked_before.discard(node)
         self.rollouts.hear(collected.spoilt)
         if collected.failure is not None:
             raise collected.failure
         if collected.done:
             self.running.discard(node)
 
-    def _give_up(self, outcome: Outcome, reason: str) -> None:
+    def _give_up(self, outcome: Outcome, reason: str, sources: Iterable[str] | None = None) -> None:
         """Every request has an outcome, also those that nobody can speak for any more."""
-        for source in self.requests:
+        for source in self.requests if sources is None else sources:
             for request in self._open(source):
                 self._keep(_lost(request, outcome, reason))
 
@@ -319,61 +347,6 @@ class _Driving:
             self.live.see(record)
             self.rollouts.see(record)
             self.sink(record)
-
-
-class _Interrupts:
-    """Ctrl-C, held back so that what an actor has just said is not lost. The second one is at once."""
-
-    came = False
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._come)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._before)
-
-    def _come(self, *_: object) -> None:
-        if self.came:
-            raise KeyboardInterrupt
-        self.came = True
-
-
-def by_machine(
-    energy: Mapping[str, Energy], hosts: Mapping[str, str]
-) -> tuple[dict[str, Energy], tuple[tuple[str, ...], ...]]:
-    """The energies of nodes that have their machine to themselves, and which others share one: meters know machines."""
-    together: dict[str, list[str]] = defaultdict(list)
-    for node in energy:
-        together[hosts[node]].append(node)
-    alone = {node: energy[node] for nodes in together.values() if len(nodes) == 1 for node in nodes}
-    return alone, tuple(tuple(nodes) for nodes in together.values() if len(nodes) > 1)
-
-
-class _Live:
-    """How requests have fared, for who watches."""
-
-    def __init__(self) -> None:
-        self._latencies_s: deque[float] = deque(maxlen=_LATEST)
-        self._outcomes: Counter[str] = Counter()
-        self._ends_s: deque[float] = deque(maxlen=_LATEST)
-
-    def see(self, record: Record) -> None:
-        self._outcomes[str(record.outcome)] += 1
-        if record.latency_s is not None and record.end_s is not None:
-            self._latencies_s.append(record.latency_s)
-            self._ends_s.append(record.end_s)
-
-    def text(self) -> str:
-        """Such as `8.1/s, p50 57 ms, p95 105 ms, 3 failed`."""
-        said = []
-        if len(self._ends_s) > 1 and (span_s := max(self._ends_s) - min(self._ends_s)) > 0:
-            p50, p95 = np.percentile(list(self._latencies_s), (50, 95))
-            said.append(f"{(len(self._ends_s) - 1) / span_s:.3g}/s, p50 {1e3 * p50:.3g} ms, p95 {1e3 * p95:.3g} ms")
-        said += [f"{n} {outcome}" for outcome, n in self._outcomes.items() if outcome != Outcome.COMPLETED]
-        return ", ".join(said)
 
 
 def _lost(request: Request, outcome: Outcome, reason: str) -> Record:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from isthmus.policies.plan import Plan
 from isthmus.real.clocks import Offset, Reading, offset
@@ -29,7 +29,11 @@ from isthmus.workloads.testbed import Testbed
 
 _PATIENCE_S = 120
 _ANSWER_S = 30
-"""After which an actor that does not answer is left alone, while a cell goes on."""
+"""After which an actor that does not answer counts as gone, where a run cannot go on without the answer;"""
+_SOON_S = 5
+"""so long where the other nodes wait meanwhile,"""
+_AT_ONCE_S = 1
+"""and so long for what will reach them anyhow."""
 _READINGS = 12
 _DEATHS = 5
 """So often a node is started anew that dies before it is let in."""
@@ -43,6 +47,15 @@ class _Spare:
     asked: list[Any]
     """What it was asked to do before."""
     staging: Version | None = None
+
+
+class Staging(NamedTuple):
+    """A node that is being given a version."""
+
+    node: str
+    version: Version
+    actor: Any
+    done: Any
 
 
 @dataclass
@@ -96,34 +109,40 @@ class Fleet:
     def prepare(self, plans: Iterable[Plan], sources: Mapping[str, str], seed: int) -> None:
         """Load and warm what these plans need, and the answers that `sources` (node: model) compare with.
 
-        Models are in the version that the testbed has, whatever was rolled out before.
+        Models are in the version that the testbed has, whatever was rolled out before. Nodes that are gone, or go
+        meanwhile, are started anew.
         """
         if self._offers or self._retired:
             for of in (self._offers, self._staged, self._retired, self.broken, self._loaded, self._answers):
                 of.clear()
-        self.heal()
         wanted: dict[str, set[Part]] = defaultdict(set)
         for plan in plans:
             for stage in plan.stages:
                 wanted[stage.node].add(stage.part)
-        parts = {node: frozenset(wanted[node]) for node in self._actors}
-        ready = [
-            self._actors[node].load.remote(sorted(parts[node], key=_order))
-            for node in self._actors
-            if self._loaded.get(node) != parts[node]
-        ]
-        self._loaded = parts
-        for node, model in sources.items():
-            if self._answers.get(node) != (model, seed):
-                self._answers[node] = (model, seed)
-                ready.append(self._actors[node].prepare_answers.remote(model, seed))
-        self._get(ready)
+        for left in reversed(range(_DEATHS)):
+            self.heal()
+            # Also where nothing else is wanted than before: what was loaded on the way in the last cell goes.
+            self._loaded = {node: frozenset(wanted[node]) for node in self._actors}
+            ready = [self.begin(node, "load", sorted(parts, key=_order)) for node, parts in self._loaded.items()]
+            for node, model in sources.items():
+                if self._answers.get(node) != (model, seed):
+                    self._answers[node] = (model, seed)
+                    ready.append(self.begin(node, "prepare_answers", model, seed))
+            try:
+                self._get(ready)
+                return
+            except ActorGone:
+                if not left:
+                    raise
+                time.sleep(0.5)  # until Ray knows who it is
 
     def read_clocks(self) -> None:
         """Find out anew how the clocks of all hosts differ from this one's."""
         for node, actor in self._actors.items():
-            with suppress(ActorGone):
+            try:
                 self.offsets[node] = self._offset(actor)
+            except RunFailure:
+                self.ray.kill(actor)  # it does not answer: `died` will say so
 
     def drifts_s(self, nodes: Iterable[str]) -> dict[str, float]:
         """How far the clocks of these have gone since they were read, beyond what they may be known wrong by."""
@@ -134,8 +153,10 @@ class Fleet:
         return drifts
 
     def _offset(self, actor: Any) -> Offset:
+        """RunFailure when it does not answer."""
+
         def read() -> Reading:
-            whose, shows = results(self.ray, [actor.reading.remote()], _ANSWER_S)[0]
+            whose, shows = results(self.ray, [actor.reading.remote()], _SOON_S)[0]
             return whose, shows
 
         return offset(read, _READINGS)
@@ -169,13 +190,20 @@ class Fleet:
                 answers[node] = gone
         return answers
 
-    def ask(self, method: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    def ask(self, node: str, method: str, *arguments: Any) -> None:
+        """Call a node's actor, and wait for half a minute at most."""
+        self.ask_all(method, {node: arguments})
+
+    def ask_all(self, method: str, arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
         """Call actors at the same time, each with arguments of its own: what they answer, by node.
 
-        Those that are gone, or do not answer for half a minute, are left out.
+        Those that are gone are left out. So are those that do not answer for half a minute; they are ended, so that
+        what they were asked does not happen later.
         """
         begun = {node: self.begin(node, method, *given) for node, given in arguments.items() if node in self._actors}
         answers = self.answered(begun, _ANSWER_S)
+        for node in begun.keys() - answers.keys():
+            self.ray.kill(self._actors[node])
         return {node: answer for node, answer in answers.items() if not isinstance(answer, ActorGone)}
 
     # Nodes that go and come
@@ -235,22 +263,22 @@ class Fleet:
         return False
 
     def welcome(self, node: str) -> bool:
-        """Let a revived actor take its node's place, unless it has just died: then it is started anew.
+        """Let a revived actor take its node's place, unless it is gone or does not answer: then it is started anew.
 
         Its machine may have been started anew as well, and its clock with it.
         """
         actor = self._spares[node].actor
         try:
             self.offsets[node] = self._offset(actor)
-            [address] = self._get([actor.address.remote()])
-            self._get([actor.connect.remote({**self._addresses, node: address})])  # it first: it has to know who speaks
-        except ActorGone as gone:
+            [address] = results(self.ray, [actor.address.remote()], _SOON_S)
+            known = {**self._addresses, node: address}
+            results(self.ray, [actor.connect.remote(known)], _SOON_S)  # it first: it has to know who speaks to it
+        except RunFailure as gone:
             self._start_again(node, gone)
             return False
-        del self._spares[node]
-        self._deaths[node] = 0
+        del self._spares[node], self._deaths[node]
         self._join(node, actor, address)
-        self.ask("connect", {other: (self._addresses,) for other in self._actors if other != node})
+        self.answered({n: self.begin(n, "connect", known) for n in self._actors if n != node}, _AT_ONCE_S)
         return True
 
     def heal(self) -> None:
@@ -273,7 +301,7 @@ class Fleet:
                 raise RunFailure(f"node {missing[0]!r} cannot be started again: {where} has no place for it")
             time.sleep(0.02 if missing else 0.0)
 
-    def _start_again(self, node: str, gone: ActorGone) -> None:
+    def _start_again(self, node: str, gone: RunFailure) -> None:
         self._deaths[node] += 1
         if self._deaths[node] >= _DEATHS:
             raise ActorGone(f"node {node!r} dies whenever it is started: {gone}")
@@ -297,14 +325,16 @@ class Fleet:
         """The next node that does not have a version."""
         return next((node for node in self._actors if version not in self._staged[node]), None)
 
-    def stage(self, node: str, version: Version) -> Any:
-        """Begin to give a node a version; what to wait for, and then tell `staged`."""
-        return self._stage(self._actors[node], node, version)
+    def stage(self, node: str, version: Version) -> Staging:
+        """Begin to give a node a version; wait for its `done`, and then tell `staged`."""
+        actor = self._actors[node]
+        return Staging(node, version, actor, self._stage(actor, node, version))
 
-    def staged(self, node: str, version: Version, done: Any) -> None:
+    def staged(self, it: Staging) -> None:
         """A node has been given a version. Raises why that failed."""
-        self._get([done])
-        self._staged[node].add(version)
+        self._get([it.done])
+        if self._actors.get(it.node) is it.actor:  # not one that has come in its place since
+            self._staged[it.node].add(it.version)
 
     def withdraw(self, version: Version) -> None:
         """A version is wanted no longer: nodes forget it."""

@@ -58,7 +58,11 @@ class Links:
             wait_s = None if due_s == math.inf else min(max(due_s - clock(), 0.0), 3600.0)
             for fd in select.select(watched, (), (), wait_s)[0]:
                 if fd in sources:
-                    sources[fd].read(clock)
+                    try:
+                        sources[fd].read(clock)
+                    except OSError as error:  # its host is gone; the others' links go on
+                        print(f"link {sources[fd].link.id}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+                        watched.remove(fd)
                 else:
                     answer(listener, self.answers)
 

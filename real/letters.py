@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.policies.contract import Policy
 from isthmus.policies.plan import Plan
 from isthmus.policies.records import Kind, Record, Span
 from isthmus.real.session import Array
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.faults import Fault
 from isthmus.workloads.requests import Request
+from isthmus.workloads.routing import NONE_DOWN, LinkId
 
 Tensors = Mapping[str, Array]
 
@@ -57,6 +59,8 @@ class Letter:
     overruns: int
     tolerance: float = 0.0
     """The largest of the backends that it has passed."""
+    down: frozenset[LinkId] = NONE_DOWN
+    """Links that its plan was laid out around."""
 
     @property
     def number(self) -> int:
@@ -67,9 +71,22 @@ Version = tuple[str, str]
 """A model's name, and which version of it."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """What arises at a source in a cell; what is open at `end_s` stays unfinished."""
+
+    requests: Sequence[Request]
+    policy: Policy
+    end_s: float
+    versions: Mapping[str, str]
+    """What attempts begin with, by model."""
+    away: Sequence[str] = ()
+    """Nodes that are down when it begins."""
+
+
 @dataclass
 class Collected:
-    """What a source hands over now and then."""
+    """What a node hands over now and then."""
 
     records: list[Record]
     decisions: list[dict[str, Any]]
@@ -106,7 +123,7 @@ def letter_to(letter: Letter, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> 
     """As it goes over the wire."""
     said = [
         letter.cell, letter.plan.to_json(), letter.request, letter.attempt, letter.version, letter.message,
-        letter.hop, letter.at_s, letter.spans, letter.overruns, letter.tolerance, shapes,
+        letter.hop, letter.at_s, letter.spans, letter.overruns, letter.tolerance, sorted(letter.down), shapes,
     ]  # fmt: skip
     return json.dumps(said).encode()
 
@@ -114,12 +131,13 @@ def letter_to(letter: Letter, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> 
 def letter_from(content: bytes) -> tuple[Letter, Shapes]:
     """What `letter_to` wrote. InputError for anything else; whether its plan is possible, its receiver finds out."""
     try:
-        cell, plan, request, attempt, version, message, hop, at_s, spans, overruns, tolerance, shapes = json.loads(
-            content
-        )
+        (
+            cell, plan, request, attempt, version, message, hop, at_s, spans, overruns, tolerance, down, shapes,
+        ) = json.loads(content)  # fmt: skip
         letter = Letter(
             _whole(cell), _read_plan(plan), _request(request), _whole(attempt), _text(version), _whole(message),
             _whole(hop), _number(at_s), tuple(map(_span, spans)), _whole(overruns), _number(tolerance),
+            frozenset((_text(a), _text(b)) for a, b in down),
         )  # fmt: skip
         return letter, [(_dtype(dtype), tuple(map(_whole, shape))) for dtype, shape in shapes]
     except (ValueError, OverflowError, TypeError, KeyError, RecursionError) as error:

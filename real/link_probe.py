@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import count, islice
+from itertools import count, islice, product
 from random import Random
 from typing import Any
 
@@ -28,7 +28,7 @@ from isthmus.workloads.links import SlowStart
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.requests import Request
 from isthmus.workloads.routing import LinkId
-from isthmus.workloads.transport import MSS_BYTES, slow_start
+from isthmus.workloads.transport import MSS_BYTES, rested, slow_start
 
 _LONGEST_S = 0.2
 """What the longest message of a measurement may take."""
@@ -36,7 +36,8 @@ _LEAST_BYTES, _MOST_BYTES = 50_000, 1_600_000
 _REPEATS = 8
 _TRAIN = 12
 _GAP_S = 0.02
-_PAUSES_S = (1.5, 0.6, 0.3, 0.15)
+_PAUSES_S = (2.0, 1.0, 0.6, 0.3, 0.15)
+_MOST_PACKETS = 65
 _NOTICED = 0.1
 _PATIENCE_S = 60.0
 
@@ -133,25 +134,27 @@ class Probe:
         return size * (len(later) - 1) / max(later[-1] - later[0], 1e-9)
 
     def _slow_start(self, link: LinkId, size: int, rate: float, latency_s: float) -> SlowStart | None:
-        """How messages fare after pauses: from when on they take longer, and as if from which window."""
+        """From which window messages start after long pauses, and in which time it shrinks to that."""
         warm_s = latency_s + size / rate
         excess: dict[float, float] = {}
         for pause_s in _PAUSES_S:
             gap_s = warm_s + pause_s
             self._train(link, size // 2)
             excess[pause_s] = float(np.median(self._send(link, [size] * 5, [gap_s] * 5))) - warm_s
-        worst_s = excess[_PAUSES_S[0]]
-        if worst_s < max(_NOTICED * warm_s, 1e-3):
+        if excess[_PAUSES_S[0]] < max(_NOTICED * warm_s, 1e-3):
             return None
         steady = Rate.constant(rate)
 
-        def off(window: int) -> float:
-            left_s, _ = slow_start(steady.finish_s, 0.0, size, window, 2 * latency_s)
-            return abs(left_s - size / rate - worst_s)
+        def off(slow: tuple[int, float]) -> float:
+            window, idle_s = slow
+            return sum(
+                (_late_s(steady, size, window, idle_s, latency_s, pause_s) - late_s) ** 2
+                for pause_s, late_s in excess.items()
+            )
 
-        window = min((MSS_BYTES * n for n in range(1, 200)), key=off)
-        idle_s = min(pause_s for pause_s in _PAUSES_S if excess[pause_s] > worst_s / 2)
-        return SlowStart(window=window, idle=idle_s)
+        windows = [MSS_BYTES * n for n in range(1, _MOST_PACKETS)]
+        window, idle_s = min(product(windows, np.geomspace(0.05, _PAUSES_S[0], 40)), key=off)
+        return SlowStart(window=window, idle=float(idle_s))
 
     def _send(
         self, link: LinkId, sizes: Sequence[int], gaps_s: Sequence[float], *, since_first: bool = False
@@ -167,6 +170,18 @@ class Probe:
         if not np.isfinite(times).all():
             raise RunFailure(f"messages from {a!r} to {b!r} do not arrive")
         return times
+
+
+def _late_s(rate: Rate, size: int, window: int, idle_s: float, latency_s: float, pause_s: float) -> float:
+    """By how much messages with such pauses before them are later than warm ones, by the model."""
+    late_s, grown = 0.0, 2.0 * window
+    while rate.finish_s(0.0, grown) < 2 * latency_s:  # what the messages before have made of it
+        grown *= 2
+    for _ in range(3):  # then each finds what the one before it has left
+        start = rested(grown, window, latency_s + pause_s, idle_s)
+        left_s, grown = slow_start(rate.finish_s, 0.0, size, start, 2 * latency_s)
+        late_s = left_s - rate.finish_s(0.0, size)
+    return late_s
 
 
 def _medians(sizes: Sequence[int], times_s: Sequence[float]) -> tuple[list[int], list[float]]:

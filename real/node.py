@@ -16,12 +16,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from isthmus.policies.contract import Policy
 from isthmus.real.backend import backend
 from isthmus.real.cell import TOLERANCE, NodeCell
 from isthmus.real.clocks import Reading, reading
 from isthmus.real.cluster import own_address
-from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version
+from isthmus.real.letters import Cell, Collected, Letter, Tensors, Version, Work
 from isthmus.real.model_files import Files, unpacked
 from isthmus.real.power import Energy, PowerLog
 from isthmus.real.pressure import Load, cores, stalled_share
@@ -58,6 +57,8 @@ class NodeServer:
         self.residents = Residents(here, self.node.backend, sizes, filed=limited)
         self._references: dict[Version, list[tuple[Tensors, Tensors]]] = {}
         self._cell: NodeCell | None = None
+        self._newest = -1
+        self._opening = threading.Lock()
         sys.setswitchinterval(_SWITCH_S)
         self._power = PowerLog() if self.node.physical else None
         self._gone = threading.Event()
@@ -119,41 +120,42 @@ class NodeServer:
         if self._cell is not None:
             self._cell.use(model, version)
 
-    def open(self, cell: Cell) -> None:
-        """Begin a cell: a clean state and a clock."""
-        self.close()
-        self.residents.begin()
-        gc.collect()
-        gc.freeze()  # a collection of what is here for good would take 13-20 ms in the middle of a run
-        self._cell = NodeCell(self, cell)
-        if self._power is not None:
-            self._power.start()
+    def open(self, cell: Cell, work: Work | None) -> None:
+        """Begin a cell: a clean state, a clock, and, at a source, what arises there.
 
-    def start(self, requests: Sequence[Request], policy: Policy, end_s: float, versions: Mapping[str, str]) -> None:
-        """Requests will arise here, under this policy; what is open at `end_s` stays unfinished.
-
-        Attempts begin with these versions, by model.
+        Calls overlap and may overtake each other: that of an older cell does nothing.
         """
-        assert self._cell is not None
-        self._cell.start(requests, policy, end_s, versions)
+        with self._opening:
+            if cell.id < self._newest:
+                return
+            self._newest = cell.id
+            self._close()
+            self.residents.begin()
+            gc.collect()
+            gc.freeze()  # a collection of what is here for good would take 13-20 ms in the middle of a run
+            opened = NodeCell(self, cell)
+            if work is not None:
+                opened.start(work)
+            if self._power is not None:
+                self._power.start()
+            self._cell = opened
 
-    def collect(self) -> Collected:
-        """What was closed since the last call, and whether something went wrong."""
-        assert self._cell is not None
-        return self._cell.collect()
+    def collect(self, cell: int) -> Collected | None:
+        """What was closed since the last call, and whether something went wrong; None when it is not in that cell."""
+        current = self._cell
+        return current.collect() if current is not None and current.cell.id == cell else None
 
     def node_is(self, node: str, up: bool) -> None:
         """Another node has gone, or is back."""
         if self._cell is not None:
             self._cell.node_is(node, up)
 
-    def nodes_are_down(self, nodes: Sequence[str]) -> None:
-        """These are away while it begins."""
-        for node in nodes:
-            self.node_is(node, up=False)
-
     def close(self) -> tuple[Load, Energy | None] | None:
         """End the cell; what it used of the host, and the energy of a physical node whose host measures it."""
+        with self._opening:
+            return self._close()
+
+    def _close(self) -> tuple[Load, Energy | None] | None:
         if self._cell is None:
             return None
         energy, began, ends = None, self._cell.cell.epoch, time.monotonic()

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +27,6 @@ from isthmus.workloads.errors import RunFailure
 
 Kind = Literal["rapl", "ina", "tegrastats"]
 
-MODELLED = "modelled"
-"""The source of an energy that nobody measured."""
 _WHOLE_BOARD = ("VDD_IN", "POM_5V_IN", "VIN")
 """Rails that feed all the others (Jetson Orin NX and Xavier NX; Nano and TX2; Thor)."""
 _EVERY_MS = 100
@@ -253,6 +251,20 @@ class PowerLog:
         begin_j, end_j = np.interp([begin_s, end_s], times, joules)
         kinds = dict.fromkeys(meter.kind for meter in self.meters)
         return Energy(float(end_j - begin_j), f"measured: {', '.join(kinds)}", tuple(m.name for m in self.meters))
+
+
+def by_machine(
+    energy: Mapping[str, Energy], hosts: Mapping[str, str]
+) -> tuple[dict[str, Energy], list[tuple[str, ...]]]:
+    """The energies of nodes that have their machine to themselves, and which share a machine that measures itself.
+
+    Meters know machines: nobody knows what each of several nodes took, emulated ones among them.
+    """
+    there: dict[str, tuple[str, ...]] = {}
+    for node, host in hosts.items():
+        there[host] = (*there.get(host, ()), node)
+    alone = {node: of for node, of in energy.items() if there[hosts[node]] == (node,)}
+    return alone, [nodes for nodes in there.values() if len(nodes) > 1 and not energy.keys().isdisjoint(nodes)]
 
 
 def _text(file: Path) -> str:

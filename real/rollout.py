@@ -116,7 +116,7 @@ class Rollouts:
         except _Undone as why:
             self.versions[model] = old
             for source in self._asking(model):
-                self._fleet.ask("use", {source: (model, old)})
+                self._fleet.ask(source, "use", model, old)
             yield []
             yield from self._until_none(model, version, check=False)
             self._fleet.withdraw((model, version))
@@ -130,10 +130,10 @@ class Rollouts:
         self._fleet.offer(new)
         version = new.model.name, new.model.version
         while (lacking := self._fleet.lacking(version)) is not None:
-            staged = self._fleet.stage(lacking, version)
-            yield [staged]
+            staging = self._fleet.stage(lacking, version)
+            yield [staging.done]
             try:
-                self._fleet.staged(lacking, version, staged)
+                self._fleet.staged(staging)
             except ActorGone:  # who comes back in its place is given it before it is let in
                 yield []
             except IsthmusError as error:
@@ -142,7 +142,7 @@ class Rollouts:
     def _switch(self, source: str, model: str, version: str) -> Iterator[list[Any]]:
         if source not in self._under_way:
             return  # if it starts again, then with what `versions` says
-        self._fleet.ask("use", {source: (model, version)})
+        self._fleet.ask(source, "use", model, version)
         until_s = self._now_s + _WATCHED_S
         while source in self._under_way and self._seen[source] < _WATCHED and self._now_s < until_s:
             yield []

@@ -25,7 +25,7 @@ from isthmus.workloads.links import Link
 from isthmus.workloads.rate import Rate
 from isthmus.workloads.routing import LinkId
 from isthmus.workloads.testbed import Testbed
-from isthmus.workloads.transport import Luck, Passage, losses, packets, slow_start
+from isthmus.workloads.transport import Luck, Passage, grown, losses, packets, rested, slow_start, timeout_s
 
 Left = Callable[[Token, float], None]
 """Told of a message whose last byte leaves now, by a link that did not know it ahead."""
@@ -98,7 +98,8 @@ class _TcpLink:
         self._clock, self._link, self._rtt_s, self._arrived, self._radio = clock, link, rtt_s, arrived, radio
         self._luck = Luck(seed, self.place)
         slow = link.slow_start
-        self._first_window, self._idle_s = (math.inf, math.inf) if slow is None else (slow.window, slow.idle)
+        self._first_window = math.inf if slow is None else slow.window
+        self._timeout_s = (slow and slow.idle) or timeout_s(rtt_s)
         self._window = self._first_window
         self._messages = self._bytes = self._lost = 0
         self._busy_s = self._waited_s = 0.0
@@ -161,9 +162,8 @@ class TcpFifoLink(_TcpLink):
         finish, radio = self._link.rate.finish_s, self._radio
         wire, again = self._enter(token)
         start_s = max(now_s, self._free_s)
-        if start_s - self._free_s > self._idle_s:
-            self._window = self._first_window
-        left_s, self._window = slow_start(finish, start_s, wire, self._window, self._rtt_s)
+        window = rested(self._window, self._first_window, start_s - self._free_s, self._timeout_s)
+        left_s, self._window = slow_start(finish, start_s, wire, window, self._rtt_s)
         for size in again:
             left_s = finish(left_s + self._rtt_s, size)
         self._free_s = left_s
@@ -201,13 +201,13 @@ class TcpFifoLink(_TcpLink):
 class _Crossing:
     """A message under way on a fair link: what is still to be sent, and again, and the window of its round."""
 
-    __slots__ = ("again", "flow", "left_bytes", "lost", "round_s", "start_s", "token", "window")
+    __slots__ = ("again", "flow", "left_bytes", "lost", "round_bytes", "round_s", "start_s", "token", "window")
 
     flow: Flow
 
     def __init__(self, token: Token, start_s: float, left_bytes: float, again: list[float], window: float) -> None:
         self.token, self.start_s, self.left_bytes, self.again, self.window = token, start_s, left_bytes, again, window
-        self.round_s, self.lost = start_s, False
+        self.round_s, self.round_bytes, self.lost = start_s, 0.0, False
 
 
 class FairLink(_TcpLink):
@@ -236,8 +236,7 @@ class FairLink(_TcpLink):
     def carry(self, token: Token, now_s: float) -> None:
         wire, again = self._enter(token)
         if not self._under_way:
-            if now_s - self._since_s > self._idle_s:
-                self._window = self._first_window
+            self._window = rested(self._window, self._first_window, now_s - self._since_s, self._timeout_s)
             self._since_s = now_s
         crossing = self._under_way[token] = _Crossing(token, now_s, wire, again, self._window)
         self._round(crossing)
@@ -266,8 +265,7 @@ class FairLink(_TcpLink):
         """A window of it, as fast as its share allows."""
         size = min(crossing.window, crossing.left_bytes)
         crossing.left_bytes -= size
-        crossing.window += size
-        crossing.round_s = self._clock.now
+        crossing.round_s, crossing.round_bytes = self._clock.now, size
         self._send(crossing, size)
 
     def _send(self, crossing: _Crossing, size: float) -> None:
@@ -275,13 +273,15 @@ class FairLink(_TcpLink):
 
     def _sent(self, crossing: _Crossing) -> None:
         now_s: float = self._clock.now
+        acknowledged_s = crossing.round_s + self._rtt_s
+        if now_s < acknowledged_s:
+            crossing.window = grown(crossing.window, crossing.round_bytes)
         if crossing.left_bytes:
-            acknowledged_s = crossing.round_s + self._rtt_s
             if now_s < acknowledged_s:
                 self._later(acknowledged_s, partial(self._round, crossing), crossing)
             else:  # the rate has become the limit
-                crossing.window = math.inf
-                self._round(crossing)
+                size, crossing.left_bytes = crossing.left_bytes, 0.0
+                self._send(crossing, size)
         elif crossing.again:
             self._later(now_s + self._rtt_s, partial(self._send, crossing, crossing.again.pop(0)), crossing)
         else:

@@ -23,7 +23,7 @@ from isthmus.policies.dispatch import Compiler
 from isthmus.policies.plan import Plan, Stage, split
 from isthmus.policies.records import Kind, Span
 from isthmus.policies.registry import spec
-from isthmus.real.drive import run_cell
+from isthmus.real.drive import Driven, run_cell
 from isthmus.real.fleet import Fleet
 from isthmus.real.intake import check
 from isthmus.real.letters import Cell, Letter, letter_from, letter_to
@@ -51,7 +51,7 @@ class Parcel:
         return [b"letter", json.dumps(self.said).encode(), *(array.tobytes() for array in self.arrays)]
 
 
-CELL, PLAN, REQUEST, ATTEMPT, VERSION, MESSAGE, HOP, AT, SPANS, OVERRUNS, TOLERANCE, SHAPES = range(12)
+CELL, PLAN, REQUEST, ATTEMPT, VERSION, MESSAGE, HOP, AT, SPANS, OVERRUNS, TOLERANCE, DOWN, SHAPES = range(13)
 """Places in what a letter says."""
 
 
@@ -132,6 +132,7 @@ SPOILT: dict[int, list[Any]] = {
     VERSION: [None, True, 7, 0.5, [], {}],
     MESSAGE: [-1, 99, 2**52, 1.0, "1", None, [1]],
     HOP: [-1, 0, 1, 3, 99, "2", None],
+    DOWN: [5, None, "x", ["xy"], [["device"]], [["device", "moon"]], [[1, 2]], [["device", "edge", "cloud"]]],
     AT: [float("nan"), float("inf"), -1e9, 1e300, "1", None, [], True],
     SPANS: [
         *(None, "x", 5, [None], [[]], [[1] * 7], ["x"]),
@@ -280,7 +281,7 @@ def fleet(ray: Any, testbed: Testbed) -> Iterator[Fleet]:
 
 
 def _addresses(fleet: Fleet) -> dict[str, Any]:
-    return fleet.ask("address", dict.fromkeys(NODES, ()))
+    return fleet.ask_all("address", dict.fromkeys(NODES, ()))
 
 
 @pytest.fixture
@@ -293,16 +294,16 @@ def mad(fleet: Fleet) -> Iterator[Stranger]:
 
 def _open(fleet: Fleet) -> Cell:
     cell = Cell(fleet.next_cell(), time.monotonic(), 1, "policy")
-    fleet.ask("open", dict.fromkeys(NODES, (cell,)))
+    fleet.ask_all("open", dict.fromkeys(NODES, (cell, None)))
     return cell
 
 
-def _refusals(fleet: Fleet, count: int, patience_s: float = 10.0) -> list[str]:
+def _refusals(fleet: Fleet, cell: Cell, count: int, patience_s: float = 10.0) -> list[str]:
     """What `HERE` has refused since the last call; waits until they are so many."""
     said: list[str] = []
     until = time.monotonic() + patience_s
     while len(said) < count and time.monotonic() < until:
-        collected = fleet.ask("collect", {HERE: ()})[HERE]
+        collected = fleet.ask_all("collect", {HERE: (cell.id,)})[HERE]
         assert collected is not None, "the actor has died"
         assert collected.failure is None
         said += collected.refusals
@@ -314,7 +315,7 @@ def test_every_malformed_message_is_refused_and_the_actors_live(fleet, mad, vali
 
     def refused(frames: list[bytes]) -> None:
         mad.send(frames)
-        [said] = _refusals(fleet, 1)
+        [said] = _refusals(fleet, cell, 1)
         assert 5 < len(said) < 400
         assert "Traceback" not in said
         sent[said] += 1
@@ -341,7 +342,7 @@ def test_an_answer_to_nothing_is_ignored(fleet, mad, valid):
     mad.send(parcel.frames())  # a stage of a request that nobody made: computed, and answered to a source without it
     time.sleep(0.5)
     for node in NODES:
-        collected = fleet.ask("collect", {node: ()})[node]
+        collected = fleet.ask_all("collect", {node: (cell.id,)})[node]
         assert (collected.failure, collected.refusals, collected.records) == (None, [], [])
     _all_is_well(fleet)
 
@@ -352,7 +353,7 @@ def test_a_stranger_is_not_let_in(fleet, valid):
     stranger = Stranger(_addresses(fleet)[HERE], knows=False)
     for frames in ([b"letter", b"junk"], valid(cell=cell.id).frames()):
         stranger.send(frames)
-    assert _refusals(fleet, 1, patience_s=1.0) == []
+    assert _refusals(fleet, cell, 1, patience_s=1.0) == []
     stranger.close()
     _all_is_well(fleet)
 
@@ -378,8 +379,10 @@ def _run(fleet: Fleet) -> tuple[list[Any], Any]:
     records: list[Any] = []
     requests = [Request(i, "device", "chain", 0.05 * i) for i in range(20)]
     fleet.prepare([], {"device": "chain"}, 1)
-    felt = run_cell(fleet, {"device": requests}, {"device": spec("remote").make(1)}, records.append, seed=1)
-    return records, felt.pressure
+    driven: list[Driven] = []
+    policies = {"device": spec("remote").make(1)}
+    run_cell(fleet, {"device": requests}, policies, records.append, seed=1, ended=driven.append)
+    return records, driven[0].pressure
 
 
 def _all_is_well(fleet: Fleet) -> None:
@@ -395,7 +398,7 @@ def _all_is_well(fleet: Fleet) -> None:
 @contextmanager
 def _alone(name: str, testbed: Testbed) -> Iterator[NodeServer]:
     server = NodeServer(name, testbed, {model: {} for model in testbed.models}, "127.0.0.1")
-    server.open(Cell(0, time.monotonic(), 1, "policy"))
+    server.open(Cell(0, time.monotonic(), 1, "policy"), None)
     yield server
     server.close()
     server._wire.close()
@@ -419,7 +422,7 @@ def test_a_message_that_comes_twice_is_taken_once(synthetic):
     with _alone(HERE, testbed) as server:
         for letter in (left, left, left, right):
             server._delivered(letter, [values])
-        collected = server.collect()
+        collected = server.collect(0)
         assert collected.failure is None
         assert collected.refusals == [f"message {left.message} has come twice"] * 2
 
@@ -460,7 +463,7 @@ def test_tensors_that_a_part_cannot_be_run_on_cost_their_request_only(physical, 
         while not sent and time.monotonic() < until:
             time.sleep(0.01)
         assert [a.tolist() for a in sent[0]] == [[[1.0] * 4]]
-        collected = server.collect()
+        collected = server.collect(0)
         assert collected.failure is None
         assert len(collected.refusals) == 2
         assert all("cannot run" in said for said in collected.refusals)
@@ -481,7 +484,7 @@ def test_a_version_that_is_not_here_costs_its_request_only(synthetic):
         until = time.monotonic() + 10
         while not sent and time.monotonic() < until:
             time.sleep(0.01)
-        collected = server.collect()
+        collected = server.collect(0)
         assert [(it.number, it.version) for it in sent] == [(1, model.version)]
         assert collected.failure is None
         assert collected.refusals == [f"{HERE} has no version {'0' * 12} of chain"]

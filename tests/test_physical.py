@@ -22,10 +22,10 @@ from isthmus.experiments.real_run import world_of
 from isthmus.policies.plan import split, whole_on
 from isthmus.policies.records import Kind, Outcome, Record
 from isthmus.real.calibrate import measure_links
-from isthmus.real.drive import by_machine, run_cell
+from isthmus.real.drive import run_cell
 from isthmus.real.fleet import Fleet
 from isthmus.real.letters import Letter, letter_from, letter_to
-from isthmus.real.power import Energy
+from isthmus.real.power import Energy, by_machine
 from isthmus.real.pressure import Load, Pressure, Usage
 from isthmus.real.wire import Address, Wire
 from isthmus.workloads.errors import InputError, RunFailure
@@ -52,21 +52,23 @@ def every(gap_s: float, count: int, **more: Any) -> list[Request]:
     return [Request(i, "a", "chain", gap_s * (i + 1), **more) for i in range(count)]
 
 
-def play(ray: Any, testbed: Testbed, plan: Any, requests: list[Request], meanwhile: Any = None, **more: Any) -> Any:
+def play(
+    ray: Any, testbed: Testbed, plan: Any, requests: list[Request], meanwhile: Any = None, **more: Any
+) -> list[Record]:
     records: list[Record] = []
     with Fleet(ray, testbed) as fleet:
         fleet.prepare([plan], {"a": "chain"}, 1)
         if meanwhile is not None:
             threading.Thread(target=meanwhile, args=(fleet,), daemon=True).start()
-        pressure = run_cell(fleet, {"a": requests}, {"a": Always(plan)}, records.append, seed=1, **more)
-    return sorted(records, key=lambda r: r.number), pressure
+        run_cell(fleet, {"a": requests}, {"a": Always(plan)}, records.append, seed=1, **more)
+    return sorted(records, key=lambda r: r.number)
 
 
 def test_two_physical_nodes_give_the_whole_models_answer(ray, build):
     testbed = build()
     plan = split(testbed.models["chain"], (3,), ("a", "b"))
     assert world_of(testbed) == "physical"
-    records, _ = play(ray, testbed, plan, every(0.03, 20))
+    records = play(ray, testbed, plan, every(0.03, 20))
     assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 20}
     assert all(r.correct for r in records)
     for record in records:
@@ -82,7 +84,7 @@ def test_an_emulated_node_beside_a_physical_one(ray, build):
     """Its times are the emulated hardware's, and the link between them is what it is."""
     testbed = build({"a": {"host": "one"}, "b": {"host": "two", "service": {"mean": "40ms"}}})
     assert world_of(testbed) == "mixed"
-    records, _ = play(ray, testbed, whole_on(testbed.models["chain"], "b"), every(0.1, 10))
+    records = play(ray, testbed, whole_on(testbed.models["chain"], "b"), every(0.1, 10))
     assert all(r.correct for r in records)
     computed = [s.end_s - s.start_s for r in records for s in r.spans if s.kind is Kind.COMPUTE]
     assert computed == pytest.approx([0.04] * 10)
@@ -92,7 +94,7 @@ def test_an_emulated_node_beside_a_physical_one(ray, build):
 def test_a_link_that_is_cut_is_given_nothing(ray, build):
     testbed = build()
     fault = LinkFault(link=("a", "b"), down=0.5, up=1.2)
-    records, _ = play(ray, testbed, whole_on(testbed.models["chain"], "b"), every(0.1, 15), faults=[fault])
+    records = play(ray, testbed, whole_on(testbed.models["chain"], "b"), every(0.1, 15), faults=[fault])
     assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 15}
     caught = [r for r in records if 0.5 <= r.arrival_s < 1.2]
     assert len(caught) == 7
@@ -112,10 +114,20 @@ def test_a_link_that_is_cut_is_given_nothing(ray, build):
 def test_every_request_has_one_outcome_whatever_goes_wrong(faults: list[Fault], ray, build):
     testbed = build()
     plan = split(testbed.models["chain"], (3,), ("a", "b"))
-    records, _ = play(ray, testbed, plan, every(0.05, 30, timeout_s=0.5), faults=faults, drain_s=20.0)
+    records = play(ray, testbed, plan, every(0.05, 30, timeout_s=0.5), faults=faults, drain_s=20.0)
     assert [r.number for r in records] == list(range(30))
     assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 30}  # the source can always do it alone
     assert all(r.correct for r in records)
+
+
+def test_a_node_that_is_to_go_again_before_it_is_back_stays_away(ray, build):
+    testbed = build()
+    faults = [NodeFault(node="b", down=0.4, up=0.6), NodeFault(node="b", down=1.0, up=9.0)]
+    records = play(ray, testbed, whole_on(testbed.models["chain"], "b"), every(0.1, 110), faults=faults)
+    assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 110}
+    there = [span.start_s for r in records for span in r.spans if span.kind is Kind.COMPUTE and span.place == "b"]
+    assert not [at_s for at_s in there if 0.6 < at_s < 9.0]
+    assert max(there) > 9.0
 
 
 def test_an_actor_that_dies_is_started_anew(ray, build):
@@ -128,7 +140,7 @@ def test_an_actor_that_dies_is_started_anew(ray, build):
         ray.kill(fleet._actors["b"])
         killed.set()
 
-    records, _ = play(ray, testbed, plan, every(0.1, 120), crash, drain_s=30.0)
+    records = play(ray, testbed, plan, every(0.1, 120), crash, drain_s=30.0)
     assert killed.is_set()
     assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 120}
     again = [r for r in records if r.plan and '"b"' in r.plan]
@@ -148,7 +160,7 @@ def test_an_actor_that_dies_again_before_it_is_let_in_is_started_once_more(ray, 
         ray.kill(fleet._spares["b"].actor)
         deaths.append("before it was let in")
 
-    records, _ = play(ray, testbed, plan, every(0.1, 150), crash, drain_s=30.0)
+    records = play(ray, testbed, plan, every(0.1, 150), crash, drain_s=30.0)
     assert len(deaths) == 2
     assert Counter(r.outcome for r in records) == {Outcome.COMPLETED: 150}
     again = [r for r in records if r.plan and '"b"' in r.plan]
@@ -207,8 +219,8 @@ def test_pressure_is_of_each_host():
 
 def test_meters_of_a_machine_that_nodes_share_say_nothing_of_each():
     one = Energy(1.0, "measured: rapl")
-    energy, shared = by_machine(dict.fromkeys("abc", one), {"a": "x", "b": "y", "c": "x", "d": "x"})
-    assert (energy, shared) == ({"b": one}, (("a", "c"),))
+    hosts = {"a": "x", "b": "y", "c": "x", "d": "x", "e": "z", "f": "z"}
+    assert by_machine(dict.fromkeys("abc", one), hosts) == ({"b": one}, [("a", "c", "d")])
 
 
 def test_links_are_measured_in_both_directions(ray, build):

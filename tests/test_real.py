@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from isthmus.experiments.bench_real import Always
 from isthmus.policies.contract import Truth, View
 from isthmus.policies.dispatch import PolicyFailure
 from isthmus.policies.plan import Plan, Stage, split, whole_on
@@ -16,7 +18,8 @@ from isthmus.policies.records import Kind, Record
 from isthmus.policies.registry import spec
 from isthmus.real.drive import run_cell
 from isthmus.real.fleet import Fleet
-from isthmus.workloads.faults import NodeFault
+from isthmus.real.interrupts import Interrupts
+from isthmus.workloads.faults import LinkFault, NodeFault
 from isthmus.workloads.model import Part
 from isthmus.workloads.random import stream
 from isthmus.workloads.requests import Request
@@ -235,3 +238,30 @@ def test_a_broken_policy_ends_the_run_with_one_line(policy, said, synthetic, emu
     with pytest.raises(PolicyFailure, match=said) as caught:
         emulate(synthetic(NODES, LINKS), policy, poisson("chain", 10))
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_down_is_gone_around(synthetic, emulate):
+    """By way of another node, there and back; all nodes know the way that the source has chosen."""
+    ends = [("device", "cloud"), ("device", "edge"), ("edge", "cloud")]
+    testbed = synthetic(NODES, [{"between": [*pair], "rate": "40Mbit", "latency": "1ms"} for pair in ends])
+    policy = Always(whole_on(testbed.models["chain"], "cloud"))
+    fault = LinkFault(link=("device", "cloud"), down=0.5, up=1.5)
+    ran = emulate(testbed, policy, poisson("chain", 50), faults=[fault])
+    assert Counter((r.outcome, r.attempts) for r in ran.records) == {("completed", 1): 50}
+    during = [r for r in ran.records if 0.55 < r.arrival_s < 1.3]
+    assert len(during) > 10
+    for record in during:
+        ways = [span.place for span in record.spans if span.kind is Kind.SEND]
+        assert ways == ["device>edge", "edge>cloud", "cloud>edge", "edge>device"]
+
+
+def test_ctrl_c_comes_when_it_can_be_answered():
+    with pytest.raises(KeyboardInterrupt), Interrupts():  # nobody asked
+        signal.raise_signal(signal.SIGINT)
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.came
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        interrupts.came = False
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

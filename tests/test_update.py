@@ -19,7 +19,7 @@ from isthmus.experiments.real_run import run
 from isthmus.policies.contract import View
 from isthmus.policies.plan import Plan, split
 from isthmus.policies.records import Record
-from isthmus.real.drive import run_cell
+from isthmus.real.drive import Driven, run_cell
 from isthmus.real.fleet import Fleet
 from isthmus.real.node import NodeServer
 from isthmus.real.release import release
@@ -105,12 +105,12 @@ def roll(ray: Any) -> Callable[..., Ran]:
         warm: bool = True,
         **more: Any,
     ) -> Ran:
-        ran = Ran([], [], 0)
+        ran, driven = Ran([], [], 0), list[Driven]()
         sources = asked or {"a": "chain", "b": "diamond"}
         plans = {p for s, m in sources.items() for p in everywhere(testbed.models[m], s)} if warm else set()
         with Fleet(ray, testbed) as fleet:
             fleet.prepare(plans, sources, 1)
-            driven = run_cell(
+            run_cell(
                 fleet,
                 {source: requests(source, model, count, rate) for source, model in sources.items()},
                 {source: Everywhere() for source in sources},
@@ -118,9 +118,10 @@ def roll(ray: Any) -> Callable[..., Ran]:
                 seed=1,
                 updates=updates,
                 updated=lambda row: ran.updates.append(dict(row)),
+                ended=driven.append,
                 **more,
             )
-        ran.refused = driven.pressure.refused
+        ran.refused = driven[0].pressure.refused
         return ran
 
     return run_it

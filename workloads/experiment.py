@@ -141,3 +141,13 @@ class ExperimentSpec(BaseModel):
     def expected_requests(self) -> int:
         """About how many requests one run will have, for progress."""
         return sum(source.expected for source in self.sources.values())
+
+
+def read_testbed(path: Path) -> tuple[TestbedSpec, ExperimentSpec | None]:
+    """The testbed in a file, or that of the experiment in it, and the experiment. InputError for what is neither."""
+    fields = read_yaml(path)
+    if not isinstance(fields, dict) or {"testbed", "workload"}.isdisjoint(fields):
+        return parse(TestbedSpec, fields, where=path), None
+    experiment = ExperimentSpec.of(fields, path.parent, where=path)
+    assert isinstance(experiment.testbed, TestbedSpec)
+    return experiment.testbed, experiment

@@ -27,12 +27,15 @@ class _Spec(BaseModel):
 
 
 class SlowStart(_Spec):
-    """TCP slow start of a connection that is new, or was idle: a window per round-trip time, which doubles."""
+    """TCP slow start: a window per round-trip time, which doubles; while a connection is idle it halves again."""
 
     window: Annotated[Bytes, Field(gt=0, description="the first window, such as 14600B: ten packets (RFC 6928)")] = (
         14600.0
     )
-    idle: Seconds = Field(default=1.0, description="without traffic, after which a connection starts anew")
+    idle: Annotated[
+        Annotated[Seconds, Field(gt=0)] | None,
+        Field(description="without traffic, in which the window halves; by default a round trip and 200 ms (Linux)"),
+    ] = None
 
 
 Discipline = Annotated[
@@ -45,7 +48,7 @@ Loss = Annotated[
 ]
 SlowStartSpec = Annotated[
     bool | SlowStart,
-    Field(description="true, or {window: 14600B, idle: 1s}: the connection starts slowly when it is new or was idle"),
+    Field(description="true, or {window: 14600B, idle: 240ms}: the connection is slow when it is new, or was idle"),
 ]
 
 

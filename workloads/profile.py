@@ -77,6 +77,10 @@ class CutCost(_Frozen):
     leave_s: float = 0.0
 
 
+_ENOUGH = 50
+"""Single runs that tell how runs scatter. Among fewer, one that was disturbed would count for too much."""
+
+
 class Rhythm(_Frozen):
     """How a part costs in a run: `scale` times what it took in the profiler's loop, and `shift_s` more.
 
@@ -225,12 +229,15 @@ class Profile(_Frozen):
     def residuals(self, seconds: float) -> Floats:
         """How single runs of a part of about `seconds` scatter: r in `t = mean * (1 + r)`, as taken.
 
-        They are of the measured session whose mean is nearest (by ratio), about its own mean, without the
-        host's hiccups. A single 0 if no session was measured. Read-only.
+        They are of the measured sessions whose means are nearest (by ratio), each about its own mean, without the
+        host's hiccups: of as many as it takes to have enough of them. A single 0 if no session was measured. Read-only.
         """
         means, residuals = self._residuals
-        nearest = int(np.abs(np.log(means / max(seconds, 1e-12))).argmin())
-        return residuals[nearest]
+        nearest = np.abs(np.log(means / max(seconds, 1e-12))).argsort(kind="stable")
+        enough = int(np.cumsum([len(residuals[i]) for i in nearest]).searchsorted(_ENOUGH)) + 1
+        found = np.concatenate([residuals[i] for i in nearest[:enough]])
+        found.flags.writeable = False
+        return found
 
     @cached_property
     def _span_s(self) -> Floats:

@@ -6,9 +6,9 @@ TCP in three formulas, not in packets:
   has left (fast retransmit: the acknowledgements that tell of it take so long), and so on until none is lost. So a
   message sends n·p/(1 − p) packets more on average. Left out: timeouts, and that a loss makes the window smaller; the
   throughput of a long transfer is then lower than here (Padhye, Firoiu, Towsley & Kurose, SIGCOMM 1998).
-- **Slow start** (RFC 5681, §3.1). A connection that is new, or idle for some time, sends a window per round-trip time;
-  the window grows by what was acknowledged, so it doubles with every full round. When a window takes a round-trip time
-  to send, acknowledgements come as fast as bytes leave, and the rate alone is the limit.
+- **Slow start** (RFC 5681, §3.1). A connection that is new sends a window per round-trip time; the window grows by what
+  was acknowledged, so it doubles with every full round. When a window takes a round-trip time to send, acknowledgements
+  come as fast as bytes leave, and the rate alone is the limit. While nothing is sent it shrinks again (RFC 2861).
 - **Jitter** delays what has left.
 
 Every draw belongs to a message of a request, an attempt and a link: two policies that send it meet the same.
@@ -86,10 +86,33 @@ def binomial(n: int, p: float, u: float) -> int:
 def slow_start(finish: Finish, start_s: float, size_bytes: float, window: float, rtt_s: float) -> tuple[float, float]:
     """When the last byte of a message leaves that starts with a window, in bytes, and the window after it.
 
-    The window is infinite once the rate has become the limit.
+    A window that takes a round-trip time to send is large enough, and stays.
     """
-    while size_bytes > window:
-        if finish(start_s, window) >= start_s + rtt_s:
-            return finish(start_s, size_bytes), math.inf
+    while window < math.inf and finish(start_s, window) < start_s + rtt_s:
+        if size_bytes <= window:
+            return finish(start_s, size_bytes), grown(window, size_bytes)
         start_s, size_bytes, window = start_s + rtt_s, size_bytes - window, 2 * window
-    return finish(start_s, size_bytes), window + size_bytes
+    return finish(start_s, size_bytes), window
+
+
+def grown(window: float, sent_bytes: float) -> float:
+    """A window after a round in which so much was sent: by that, if it was more than half of the window.
+
+    As Linux has it (`tcp_is_cwnd_limited`): otherwise the window is not what limits.
+    """
+    return window + sent_bytes if 2 * sent_bytes > window else window
+
+
+def rested(window: float, first: float, idle_s: float, timeout_s: float) -> float:
+    """A window after some time without traffic: half of it for every retransmission timeout, down to the first one.
+
+    Congestion window validation, RFC 2861, §2.1, and Linux's `tcp_cwnd_restart`.
+    """
+    if not idle_s >= timeout_s:  # or it is not a number, where a link is cut for ever
+        return window
+    return max(first, math.ldexp(window, -int(min(idle_s / timeout_s, 1000.0))))
+
+
+def timeout_s(rtt_s: float) -> float:
+    """The retransmission timeout of a steady connection in Linux: a round-trip time and at least 200 ms."""
+    return rtt_s + 0.2
