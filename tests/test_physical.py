@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -22,9 +23,11 @@ from isthmus.experiments.real_run import world_of
 from isthmus.policies.plan import split, whole_on
 from isthmus.policies.records import Kind, Outcome, Record
 from isthmus.real.calibrate import measure_links
+from isthmus.real.clocks import reading
 from isthmus.real.drive import run_cell
 from isthmus.real.fleet import Fleet
 from isthmus.real.letters import Letter, letter_from, letter_to
+from isthmus.real.link_probe import Probe
 from isthmus.real.power import Energy, by_machine
 from isthmus.real.pressure import Load, Pressure, Usage
 from isthmus.real.wire import Address, Wire
@@ -32,8 +35,10 @@ from isthmus.workloads.errors import InputError, RunFailure
 from isthmus.workloads.faults import Fault, LinkFault, LostMessages, NodeFault, SlowNode
 from isthmus.workloads.link_costs import LinkCost, LinkCosts
 from isthmus.workloads.links import SlowStart
+from isthmus.workloads.rate import Rate
 from isthmus.workloads.requests import Request
 from isthmus.workloads.testbed import Testbed, TestbedSpec
+from isthmus.workloads.transport import rested, slow_start
 
 AB = {"a": {"host": "one"}, "b": {"host": "two"}}
 LINK = [{"between": ["a", "b"], "rate": "1Gbit"}]
@@ -231,6 +236,39 @@ def test_links_are_measured_in_both_directions(ray, build):
         assert cost.clock_error_s == 0.0  # one machine, one clock
         assert len(cost.samples) == 32
         assert all(seconds > 0 for _, seconds in cost.samples)
+
+
+@pytest.mark.parametrize(("window", "idle_s"), [(14_600, 0.24), (29_200, 0.4), (math.inf, 1.0)])
+def test_what_a_connection_does_after_pauses_is_found(window, idle_s):
+    """On a link that is as the model has it: 48 Mbit/s, 20 ms one way."""
+    rate, latency_s = Rate.constant(6e6), 0.02
+    state = {"now": 0.0, "free": 0.0, "window": window}
+    arrived: dict[int, float] = {}
+
+    def ask(node: str, what: str, *said: Any) -> Any:
+        if what == "reading":
+            return reading()
+        if what == "arrivals":
+            state["now"] = max(arrived.values())
+            return [arrived[number] for number in said[0]]
+        went = []
+        for number, size, gap_s in zip(*said[1:], strict=True):
+            state["now"] += gap_s
+            start_s = max(state["now"], state["free"])
+            now = rested(state["window"], window, start_s - state["free"], idle_s)
+            state["free"], state["window"] = slow_start(rate.finish_s, start_s, size, now, 2 * latency_s)
+            arrived[number] = state["free"] + latency_s
+            went.append(state["now"])
+        return went
+
+    cost = Probe(ask).measure(("a", "b"))
+    assert cost.rate_bytes_per_s == pytest.approx(6e6, rel=0.01)
+    assert cost.latency_s == pytest.approx(latency_s, rel=0.02)
+    if window == math.inf:
+        assert cost.slow_start is None
+    else:
+        assert cost.slow_start.window == pytest.approx(window, rel=0.15)
+        assert cost.slow_start.idle == pytest.approx(idle_s, rel=0.15)
 
 
 def test_what_was_measured_is_what_a_simulation_uses(chain: Path, tmp_path: Path):
