@@ -36,7 +36,9 @@ _LEAST_BYTES, _MOST_BYTES = 50_000, 1_600_000
 _REPEATS = 8
 _TRAIN = 12
 _GAP_S = 0.02
-_PAUSES_S = (2.0, 1.0, 0.6, 0.3, 0.15)
+_PAUSES_S = (4.0, 1.3, 0.9, 0.6, 0.4, 0.25, 0.12)
+_PAUSED = 3
+_IDLE_S = np.geomspace(0.05, 2.0, 60)
 _MOST_PACKETS = 65
 _NOTICED = 0.1
 _PATIENCE_S = 60.0
@@ -140,21 +142,21 @@ class Probe:
         for pause_s in _PAUSES_S:
             gap_s = warm_s + pause_s
             self._train(link, size // 2)
-            excess[pause_s] = float(np.median(self._send(link, [size] * 5, [gap_s] * 5))) - warm_s
+            excess[pause_s] = float(np.median(self._send(link, [size] * _PAUSED, [gap_s] * _PAUSED))) - warm_s
         if excess[_PAUSES_S[0]] < max(_NOTICED * warm_s, 1e-3):
             return None
         steady = Rate.constant(rate)
 
-        def off(slow: tuple[int, float]) -> float:
-            window, idle_s = slow
-            return sum(
-                (_late_s(steady, size, window, idle_s, latency_s, pause_s) - late_s) ** 2
-                for pause_s, late_s in excess.items()
-            )
+        def off(window: int, idle_s: float) -> float:
+            late_s = {pause_s: _late_s(steady, size, window, idle_s, latency_s, pause_s) for pause_s in excess}
+            return sum((late_s[pause_s] - excess[pause_s]) ** 2 for pause_s in excess)
 
         windows = [MSS_BYTES * n for n in range(1, _MOST_PACKETS)]
-        window, idle_s = min(product(windows, np.geomspace(0.05, _PAUSES_S[0], 40)), key=off)
-        return SlowStart(window=window, idle=float(idle_s))
+        fits = {(window, idle_s): off(window, idle_s) for window, idle_s in product(windows, _IDLE_S)}
+        least = min(fits.values())
+        best = [slow for slow, error in fits.items() if error <= least * (1 + 1e-9)]
+        window = max(window for window, _ in best)  # several may be as good: between the pauses nothing is known
+        return SlowStart(window=window, idle=float(np.median([idle_s for w, idle_s in best if w == window])))
 
     def _send(
         self, link: LinkId, sizes: Sequence[int], gaps_s: Sequence[float], *, since_first: bool = False
