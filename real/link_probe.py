@@ -140,9 +140,9 @@ class Probe:
         warm_s = latency_s + size / rate
         excess: dict[float, float] = {}
         for pause_s in _PAUSES_S:
-            gap_s = warm_s + pause_s
-            self._train(link, size // 2)
-            excess[pause_s] = float(np.median(self._send(link, [size] * _PAUSED, [gap_s] * _PAUSED))) - warm_s
+            # The first one finds what came before these pauses; each of the others, as in a run, the one before.
+            times = self._send(link, [size] * (1 + _PAUSED), [warm_s + pause_s] * (1 + _PAUSED))
+            excess[pause_s] = float(np.median(times[1:])) - warm_s
         if excess[_PAUSES_S[0]] < max(_NOTICED * warm_s, 1e-3):
             return None
         steady = Rate.constant(rate)

@@ -268,7 +268,7 @@ def test_what_a_connection_does_after_pauses_is_found(window, idle_s):
         assert cost.slow_start is None
     else:
         assert cost.slow_start.window == pytest.approx(window, rel=0.15)
-        assert cost.slow_start.idle == pytest.approx(idle_s, rel=0.15)
+        assert cost.slow_start.idle == pytest.approx(idle_s, rel=0.25)
 
 
 def test_what_was_measured_is_what_a_simulation_uses(chain: Path, tmp_path: Path):
