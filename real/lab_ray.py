@@ -33,8 +33,9 @@ _PATIENCE_S = 120
 def environment(lab: Lab) -> dict[str, str]:
     """What every process in the lab has to be told, beside what this one was."""
     found = [os.path.abspath(path) for path in dict.fromkeys(sys.path)]  # actors find what the driver finds
+    other = ("RAY_AUTH_TOKEN", "RAY_USE_TLS", "RAY_ADDRESS")  # of a cluster that this process may be in
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in other},
         "PYTHONPATH": os.pathsep.join(found),
         VARIABLE: str(lab.folder),
         "RAY_AUTH_MODE": "token",
