@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from isthmus.experiments.execute import Experiment
+from isthmus.experiments.real_run import check_hosts
 from isthmus.workloads.documents import write_text
 from isthmus.workloads.errors import InputError
 from isthmus.workloads.profile import Profile
@@ -53,6 +54,7 @@ def calibrate(
     from isthmus.real.fleet import placed
 
     store, spec = experiment.store, experiment.testbed_spec
+    check_hosts(spec, experiment.where)
     bare = experiment.build_testbed(need_profiles=False, as_declared=True)
     # One node stands for all that share a machine and a backend.
     alike = {(n.label, n.backend.key): (name, n.backend) for name, n in spec.nodes.items() if n.service is None}

@@ -81,6 +81,7 @@ def check(file: Described, as_json: Json = False) -> None:
     from isthmus.workloads.model import load_model
 
     testbed, experiment = read_testbed(file)
+    check_hosts(testbed, file)
     used = set(testbed.models) if experiment is None else {source.model for source in experiment.workload}
     found = {name: file.parent / source for name, source in testbed.models.items() if name in used}
     models = [load_model(f if f.is_file() else testbed.models[name], name=name) for name, f in found.items()]

@@ -76,7 +76,9 @@ class Comparison:
     def warnings(self) -> list[str]:
         """What the real runs said of themselves, such as that the host was too slow."""
         runs = [run for part in (self.parts or (self,)) for run in (part.real, part.repeat) if run is not None]
-        return [f"{run.folder}: {said}" for run in runs for said in run.facts.get("warnings", [])]
+        said = [(run, f"{run.facts['status']}, and compared as far as it got") for run in runs if not run.is_complete]
+        said += [(run, warning) for run in runs for warning in run.facts.get("warnings", [])]
+        return [f"{run.folder}: {text}" for run, text in said]
 
     @property
     def median_mean_error(self) -> float | None:
@@ -235,7 +237,7 @@ def _check_requests(simulated: Run, sim: pd.DataFrame, other: Run, table: pd.Dat
     """Whole runs hold exactly the same requests."""
     if sim.index.intersection(table.index).empty:
         raise InputError(f"has no request in common with {simulated.folder}", where=other.folder)
-    if not {"interrupted", "failed"}.isdisjoint((simulated.facts.get("status"), other.facts.get("status"))):
+    if not (simulated.is_complete and other.is_complete):
         return
     lacking = sim.index.symmetric_difference(table.index)
     if len(lacking):

@@ -192,6 +192,9 @@ def down(
     for one in found:
         if name in (None, one):
             Lab.load(LABS / one).down()
+            present.messages.print(f"Lab {one} is down.", highlight=False)
+    if name not in (None, *found):
+        present.messages.print(f"There is no lab {name}; up: {', '.join(found) or 'none'}.", highlight=False)
 
 
 @app.command()

@@ -30,7 +30,7 @@ from isthmus.workloads.profile import Machine
 from isthmus.workloads.progress import Progress
 from isthmus.workloads.requests import Request
 from isthmus.workloads.service import Measured
-from isthmus.workloads.testbed import Testbed
+from isthmus.workloads.testbed import Testbed, TestbedSpec
 
 if TYPE_CHECKING:
     from isthmus.real.drive import Driven, Ground
@@ -58,6 +58,7 @@ def run(
     from isthmus.real.drive import run_cell
     from isthmus.real.fleet import Fleet
 
+    check_hosts(experiment.testbed_spec, experiment.where)
     testbed, cells = experiment.testbed, experiment.cells()
     world = world_of(testbed) if ground is None else "lab"
     out = free_folder(out, replace) or new_folder(experiment, world)
@@ -153,6 +154,17 @@ def _counted(sink: Callable[[Record], None], warnings: list[str], label: str) ->
     finally:
         if wrong:
             warnings.append(f"{label}: {wrong} answers were not the whole model's")
+
+
+def check_hosts(spec: TestbedSpec, where: object) -> None:
+    """InputError for nodes on machines of a cluster that there is none of."""
+    for name, node in spec.nodes.items():
+        if node.host is not None and spec.cluster is None:
+            raise InputError(
+                f"{node.host!r} is a machine of no cluster",
+                where=f"{where}: nodes.{name}.host",
+                allowed="a `cluster` in the testbed, or no `host`; `isthmus lab run` gives each node one by itself",
+            )
 
 
 def check_real(experiment: Experiment) -> list[str]:

@@ -308,6 +308,11 @@ class Run:
     folder: Path
     facts: Mapping[str, Any]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing ended it early."""
+        return self.facts.get("status") not in ("interrupted", "failed")
+
     @classmethod
     def load(cls, folder: str | Path) -> Run:
         """InputError when the folder holds no finished run."""

@@ -194,7 +194,7 @@ def cluster_tables(checked: Checked) -> None:
     )
     for problem in checked.problems:
         colour = {"error": "bold red", "warning": "yellow", "note": "dim"}[problem.level]
-        said = f"[{colour}]{problem.level}:[/] {escape(f'{problem.host} {problem.what}')}"
+        said = f"[{colour}]{problem.level}:[/] {escape(f'{problem.host}: {problem.what}')}"
         console.print(f"{said}\n  [green]fix:[/] {escape(problem.fix)}", highlight=False, soft_wrap=True)
     if checked.ready:
         console.print(f"{'All well' if not checked.problems else 'Ready for a run'}.")

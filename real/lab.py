@@ -149,7 +149,7 @@ class Lab:
         """What runs a command in a host, in a folder, by default this one. For use outside of the lab."""
         there = self.host(host)
         enter = ["nsenter", "--target", str(there.pid), *NAMESPACES, "--"]
-        enter += ["sh", "-c", 'cd "$0" && exec "$@"', os.path.abspath(folder or "."), *arguments]
+        enter += ["sh", "-c", 'cd "$1" && shift && exec "$@"', host, os.path.abspath(folder or "."), *arguments]
         if there.group is None:
             return enter
         return ["sh", "-c", 'echo $$ >"$0" && exec "$@"', f"{there.group}/cgroup.procs", *enter]
