@@ -46,7 +46,7 @@ def check(
         raise InputError(f"request {request.number}", allowed="0 or more")
     if not 1 <= letter.attempt <= RETRIES + 2:
         raise InputError(f"attempt {letter.attempt}", allowed=f"1 to {RETRIES + 2}")
-    if unheard := letter.down - testbed.links.keys():
+    if letter.down and (unheard := letter.down - testbed.links.keys()):
         raise InputError(f"a letter around a link {min(unheard)}"[:80], allowed="links of the testbed")
     compiled = compiler(letter.plan, request.model, request.source, letter.down)
     if not 0 <= letter.message < len(compiled.messages):
