@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from isthmus.experiments.options import Described, Json
 from isthmus.experiments.present import console, emit
+from isthmus.experiments.real_run import check_hosts
 from isthmus.workloads.cluster import DRIVER, ClusterSpec
 from isthmus.workloads.documents import write_text
 from isthmus.workloads.errors import InputError, RunFailure
@@ -77,7 +78,7 @@ def check(file: Described, as_json: Json = False) -> None:
     Without a `cluster` in the testbed: this machine alone, for an emulated run. Exit code 1 if a run would break.
     """
     from isthmus.experiments.tables import cluster_tables
-    from isthmus.real.cluster_check import check as check_hosts
+    from isthmus.real.cluster_check import check as check_machines
     from isthmus.workloads.model import load_model
 
     testbed, experiment = read_testbed(file)
@@ -85,7 +86,7 @@ def check(file: Described, as_json: Json = False) -> None:
     used = set(testbed.models) if experiment is None else {source.model for source in experiment.workload}
     found = {name: file.parent / source for name, source in testbed.models.items() if name in used}
     models = [load_model(f if f.is_file() else testbed.models[name], name=name) for name, f in found.items()]
-    checked = check_hosts(testbed, file.parent, models)
+    checked = check_machines(testbed, file.parent, models)
     emit(checked.to_json()) if as_json else cluster_tables(checked)
     if not checked.ready:
         raise typer.Exit(1)

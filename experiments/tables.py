@@ -282,11 +282,11 @@ def comparison_tables(comparison: Comparison, report: Path | None) -> None:
         f"Median error: mean {percent(data['median_mean_error'])}, p95 {percent(data['median_p95_error'])}; "
         f"worst mean {percent(data['worst_mean_error'])}. {ranking}"
     )
-    grave = [warning for warning in comparison.warnings if "INVALID" in warning or "answers" in warning]
+    grave = [said for said in comparison.warnings if any(word in said for word in ("INVALID", "answers", "as far as"))]
     for warning in grave:
         warn(warning)
     if more := len(comparison.warnings) - len(grave):
-        warn(f"{more} more in run.json of the runs: this host was busier than is good for an emulation")
+        warn(f"{more} more in run.json of the runs, such as: {next(w for w in comparison.warnings if w not in grave)}")
     if report is not None:
         console.print(f"Report: [bold]{escape(str(report))}[/]", soft_wrap=True)
 

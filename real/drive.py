@@ -121,7 +121,7 @@ def run_cell(
             break
         lead_s = _LEAD_S + 2 * late_s  # opening took long on a busy host: begin anew, with nothing lost
     if ground is not None:
-        ground.begin(epoch, seed, faults)
+        ground.begin(epoch, seed, cell.faults)
     driving = _Driving(fleet, cell, requests, policies, sink, rollouts, end_s, ground, decided, ended, tick)
     try:
         driving.drive()

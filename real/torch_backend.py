@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import library
+from torch.library import Library
 
 from isthmus.real.backend import Array, Clock, one_line
 from isthmus.workloads.errors import InputError, unknown
@@ -22,7 +22,7 @@ try:
 except RuntimeError:
     # Beside a torch without CUDA its own operators do not load, and importing it fails because it describes two of
     # them that nobody has declared. Declared, they can be described; a model that uses them still fails, and says so.
-    _OPERATORS: Any = library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    _OPERATORS: Any = Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for _name in ("nms", "qnms"):
         _OPERATORS.define(f"{_name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
 from onnx2pytorch import ConvertModel

@@ -315,6 +315,12 @@ def test_a_model_that_cannot_be_batched_is_profiled_without_and_not_calibrated_f
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", [("calibrate",), ("run",), ("validate",), ("cluster", "check")])
+def test_a_host_of_no_cluster_is_refused(command, place):
+    write(place, changed(testbed__nodes__cloud={"host": "nobody", "service": {"mean": "5ms"}}))
+    fails(isthmus(*command, "experiment.yaml", cwd=place), 2, "nodes.cloud.host", "'nobody'", "`cluster`")
+
+
 def test_ctrl_c_keeps_what_there_is(place):
     """Every request has an outcome, and the run says that it was interrupted."""
     write(place, changed(workload__0__requests=2000))
